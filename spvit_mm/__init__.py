@@ -1,5 +1,14 @@
-"""Spatial priors in vision transformers for OpenMMLab."""
+"""Spatial priors in vision transformers for OpenMMLab.
 
+Importing the package registers everything: a config needs only
+``custom_imports = dict(imports=['spvit_mm'])``.
+"""
+
+from .requirements import check_requirements
 from .version import __version__
+
+check_requirements()
+
+from . import models  # noqa: E402, F401
 
 __all__ = ['__version__']

@@ -1,0 +1,16 @@
+"""Spatial priors, the attention that uses them, and SP-ViT."""
+
+from .attention import SpatialPriorAttention
+from .embed import PEG, ConvStem
+from .priors import MLPSpatialPrior, SpatialPrior, relative_offsets
+from .spvit import SPViT
+
+__all__ = [
+    'PEG',
+    'ConvStem',
+    'MLPSpatialPrior',
+    'SPViT',
+    'SpatialPrior',
+    'SpatialPriorAttention',
+    'relative_offsets',
+]
