@@ -9,6 +9,6 @@ from .version import __version__
 
 check_requirements()
 
-from . import models  # noqa: E402, F401
+from . import datasets, models  # noqa: E402, F401
 
 __all__ = ['__version__']

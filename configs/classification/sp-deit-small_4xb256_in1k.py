@@ -1,0 +1,25 @@
+# SP-DeiT-S: mmpretrain's DeiT-S recipe, with 10 of 12 layers SP-SA.
+_base_ = [
+    '../_base_/models/sp-deit-small.py',
+    'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py',
+    'mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py',
+    '../_base_/default_runtime.py',
+]
+
+model = dict(
+    train_cfg=dict(
+        augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]
+    )
+)
+
+train_dataloader = dict(batch_size=256)
+
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys={
+            '.cls_token': dict(decay_mult=0.0),
+            '.pos_embed': dict(decay_mult=0.0),
+        }
+    ),
+    clip_grad=dict(max_norm=5.0),
+)
