@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Optional
 
 import torch
@@ -36,6 +37,13 @@ def _autocast_dtype(device: str) -> Optional[torch.dtype]:
             torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
         )
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+def _head_dim(q: Tensor) -> int:
+    with warnings.catch_warnings():
+        # The channels of a head are a constant of the network, in a trace too.
+        warnings.simplefilter('ignore', torch.jit.TracerWarning)
+        return int(q.shape[-1])
 
 
 def _check(q, k, v, prior, hw, extra, dropout_p, attn_impl) -> None:
@@ -79,9 +87,7 @@ def _check(q, k, v, prior, hw, extra, dropout_p, attn_impl) -> None:
 
 
 def _choose(q: Tensor, v: Tensor, needs_grad: bool, dropout_p: float) -> str:
-    """The rule of ``attn_impl='auto'``; see :func:`spatial_prior_attention`."""
-    if _traced():
-        return 'eager'
+    """The rule of ``attn_impl='auto'`` by device; see :func:`spatial_prior_attention`."""
     if q.device.type == 'cpu':
         return 'chunked'
     if q.device.type == 'cuda' and why_not_flex(q, v, needs_grad, dropout_p) is None:
@@ -141,9 +147,12 @@ def spatial_prior_attention(
         ValueError: Shapes, dtypes or devices do not fit one another, or the
             kernel cannot take these inputs; the message says what would work.
     """
-    _check(q, k, v, prior, hw, num_extra_tokens, dropout_p, attn_impl)
+    traced = _traced()
+    if not torch.jit.is_tracing():  # which records sizes, and warns of comparisons
+        _check(q, k, v, prior, hw, num_extra_tokens, dropout_p, attn_impl)
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        dim = _head_dim(q) if torch.jit.is_tracing() else q.shape[-1]
+        scale = dim**-0.5
     if prior is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     needs_grad = torch.is_grad_enabled() and any(
@@ -151,7 +160,7 @@ def spatial_prior_attention(
     )
     kernel = attn_impl
     if kernel == 'auto':
-        kernel = _choose(q, v, needs_grad, dropout_p)
+        kernel = 'eager' if traced else _choose(q, v, needs_grad, dropout_p)
     elif kernel == 'flex':
         reason = why_not_flex(q, v, needs_grad, dropout_p)
         if reason:
@@ -159,9 +168,19 @@ def spatial_prior_attention(
                 f"attn_impl='flex' cannot run here: {reason}. "
                 "attn_impl='eager' and 'chunked' can, and 'auto' chooses."
             )
-    if kernel == 'eager' or _traced() and kernel == 'chunked':
+    if kernel == 'eager' or (traced and kernel == 'chunked'):
         # A trace of the blocks would be one long graph of a fixed plan.
-        return eager_attention(q, k, v, prior, hw, scale, num_extra_tokens, dropout_p)
+        return eager_attention(
+            q,
+            k,
+            v,
+            prior,
+            hw,
+            scale,
+            num_extra_tokens,
+            dropout_p,
+            in_place=not (needs_grad or traced),
+        )
     dtype = _autocast_dtype(q.device.type)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -66,6 +66,11 @@ def expand_prior(table: Tensor, hw: tuple[int, int]) -> Tensor:
         ValueError: The table's shape does not belong to the grid.
     """
     check_table(table, hw)
+    return expand_pairs(table, hw)
+
+
+def expand_pairs(table: Tensor, hw: tuple[int, int]) -> Tensor:
+    """:func:`expand_prior` for a table that was checked."""
     height, width = hw
     pairs = table.unfold(1, height, 1).unfold(2, width, 1)  # (heads, H, W, H, W)
     tokens = height * width
