@@ -1,0 +1,101 @@
+"""From the distinct offsets of a grid to the prior of every pair, and back.
+
+A spatial prior depends on a pair of tokens only through their offset, so a grid
+of ``H x W`` tokens has ``(2H-1)(2W-1)`` values per head (the *table*) and not
+``(H*W)^2``. The two shapes are related by
+
+    omega[h, i, j] = table[h, y_j - y_i + H - 1, x_j - x_i + W - 1]
+
+with ``i = y_i * W + x_i`` the query and ``j`` the key (SP-ViT, arXiv
+2206.07662, eq. 4, where the prior is a function of the offset alone). Between
+them lies the *strip*, expanded along x only:
+
+    strip[h, x_i, a * W + x_j] = table[h, a, x_j - x_i + W - 1]
+
+It has ``heads * W * (2H-1) * W`` values, and the prior of a whole row of the
+grid is a slice of it: ``omega[h, y_i * W + x_i] = strip[h, x_i, o:o + H * W]``
+with ``o = (H - 1 - y_i) * W``. That slice is a view with contiguous rows, which
+is why the blocked kernel never writes the prior of all pairs.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_table(table: Tensor, hw: tuple[int, int], name: str = 'table') -> None:
+    """Refuse a table that does not belong to the grid.
+
+    Args:
+        table (Tensor): What should be ``(heads, 2H-1, 2W-1)``.
+        hw (tuple[int, int]): Rows and columns of the grid.
+        name (str): How the message calls the table. Defaults to 'table'.
+
+    Raises:
+        ValueError: The grid is empty, or the table has another shape.
+    """
+    height, width = hw
+    if height < 1 or width < 1:
+        raise ValueError(f'`hw` must hold two positive numbers, but got {tuple(hw)}.')
+    want = (2 * height - 1, 2 * width - 1)
+    if table.dim() != 3 or tuple(table.shape[1:]) != want:
+        raise ValueError(
+            f'`{name}` must have the shape (heads, 2H-1, 2W-1) = (heads, {want[0]}, '
+            f'{want[1]}) for the grid hw=({height}, {width}), but got '
+            f'{tuple(table.shape)}. Compute it for this grid, or pass its own grid.'
+        )
+
+
+def expand_prior(table: Tensor, hw: tuple[int, int]) -> Tensor:
+    """The prior of every pair of tokens from its value at every offset.
+
+    Two sliding windows over the table give all pairs as a view, with the queries
+    in reverse order; one flip puts them right. No index tensor is made.
+
+    Args:
+        table (Tensor): ``(heads, 2H-1, 2W-1)``; ``table[h, dy + H-1, dx + W-1]``
+            is the prior of head ``h`` for the offset ``(dx, dy)``, in tokens,
+            of the key from the query (right and down positive).
+        hw (tuple[int, int]): Rows and columns ``(H, W)`` of the grid.
+
+    Returns:
+        Tensor: ``omega``, ``(heads, N, N)`` with ``N = H * W`` in row-major
+        order, queries first; differentiable with respect to the table.
+
+    Raises:
+        ValueError: The table's shape does not belong to the grid.
+    """
+    check_table(table, hw)
+    return expand_pairs(table, hw)
+
+
+def expand_pairs(table: Tensor, hw: tuple[int, int]) -> Tensor:
+    """:func:`expand_prior` for a table that was checked."""
+    height, width = hw
+    pairs = table.unfold(1, height, 1).unfold(2, width, 1)  # (heads, H, W, H, W)
+    tokens = height * width
+    return pairs.flip(1, 2).reshape(-1, tokens, tokens)
+
+
+def expand_columns(table: Tensor, hw: tuple[int, int]) -> Tensor:
+    """The strip ``(heads, W, (2H-1) * W)`` of a table; see the module's text."""
+    height, width = hw
+    windows = table.unfold(2, width, 1).flip(2)  # (heads, 2H-1, W, W)
+    return windows.transpose(1, 2).reshape(-1, width, (2 * height - 1) * width)
+
+
+def fold_columns(strip: Tensor, hw: tuple[int, int]) -> Tensor:
+    """The adjoint of :func:`expand_columns`: sums a strip back to its table."""
+    height, width = hw
+    strip = strip.view(-1, width, 2 * height - 1, width)
+    table = strip.new_zeros(strip.shape[0], 2 * height - 1, 2 * width - 1)
+    for x in range(width):
+        table[:, :, width - 1 - x : 2 * width - 1 - x].add_(strip[:, x])
+    return table
+
+
+def row_slice(y: int, hw: tuple[int, int]) -> slice:
+    """Where the prior of the grid's row ``y`` lies in a strip's last dimension."""
+    height, width = hw
+    start = (height - 1 - y) * width
+    return slice(start, start + height * width)
