@@ -17,6 +17,11 @@ from mmpretrain.registry import MODELS
 
 from ..ops import expand_prior
 
+try:
+    is_compiling = torch.compiler.is_compiling
+except AttributeError:  # torch < 2.3
+    is_compiling = torch._dynamo.is_compiling
+
 
 def _make_offsets(hw, device):
     height, width = hw
@@ -51,7 +56,7 @@ def relative_offsets(hw, device='cpu'):
     height, width = hw
     if height < 1 or width < 1:
         raise ValueError(f'`hw` must be a grid of at least 1 x 1 patches, got {hw}.')
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # A compiled graph folds them itself, and must hold no tensor of ours.
         return _make_offsets((height, width), device)
     return _cached_offsets((int(height), int(width)), torch.device(device))
