@@ -10,9 +10,7 @@ model = dict(
     type='ImageClassifier',
     backbone=dict(
         type='SPViT',
-        arch=dict(
-            embed_dims=64, num_layers=4, num_heads=4, feedforward_channels=128
-        ),
+        arch=dict(embed_dims=64, num_layers=4, num_heads=4, feedforward_channels=128),
         img_size=24,
         patch_size=4,
         num_spsa_layers=3,

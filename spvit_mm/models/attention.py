@@ -47,7 +47,7 @@ class SpatialPriorAttention(MultiheadAttention):
         self,
         embed_dims,
         num_heads,
-        prior=dict(type='MLPSpatialPrior'),  # noqa: B006
+        prior=dict(type='MLPSpatialPrior'),
         num_extra_tokens=0,
         grid=None,
         qk_scale=None,

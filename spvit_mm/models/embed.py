@@ -39,7 +39,7 @@ class ConvStem(BaseModule):
         patch_size=16,
         stem_channels=64,
         input_size=224,
-        norm_cfg=dict(type='BN'),  # noqa: B006
+        norm_cfg=dict(type='BN'),
         init_cfg=None,
     ):
         super().__init__(init_cfg=init_cfg)
@@ -63,7 +63,8 @@ class ConvStem(BaseModule):
         )
         self.init_input_size = to_2tuple(input_size)
         self.init_out_size = tuple(
-            -(-side // patch) for side, patch in zip(self.init_input_size, patch_size)
+            -(-side // patch)
+            for side, patch in zip(self.init_input_size, patch_size, strict=True)
         )
 
     def forward(self, x):

@@ -120,18 +120,13 @@ class SpatialPrior(BaseModule):
         """
         raise NotImplementedError
 
-    def compute_dtype(self):
-        """float32, or float64 where the parameters are."""
-        param = next(self.parameters(), None)
-        if param is None:
-            return torch.float32
-        return torch.promote_types(param.dtype, torch.float32)
-
-    def _device(self, device):
-        tensor = next(self.parameters(), None)
-        if tensor is None:
-            tensor = next(self.buffers(), None)
-        return device or ('cpu' if tensor is None else tensor.device)
+    def _anchor(self):
+        """A tensor that tells device and dtype; None if there is nothing."""
+        for tensor in self.parameters():
+            return tensor
+        for tensor in self.buffers():
+            return tensor
+        return None
 
     def _place(self, offsets, hw):
         """Apply the rule of ``coords`` to raw offsets (.., 2) of a grid."""
@@ -156,9 +151,13 @@ class SpatialPrior(BaseModule):
             Tensor: The table (num_heads, 2H-1, 2W-1); entry
             [h, dy + H-1, dx + W-1] is f_h((dx, dy)).
         """
-        device = self._device(device)
-        offsets = relative_offsets(hw, device).to(self.compute_dtype())
-        device_type = torch.device(device).type
+        anchor, dtype = self._anchor(), torch.float32
+        if anchor is not None:
+            device = anchor.device
+            if anchor.is_floating_point():
+                dtype = torch.promote_types(anchor.dtype, dtype)
+        offsets = relative_offsets(hw, device or 'cpu').to(dtype)
+        device_type = offsets.device.type
         with torch.autocast(device_type, enabled=False):
             values = self.relation(self._place(offsets, hw).flatten(0, 1))
         return values.reshape(self.num_heads, 2 * hw[0] - 1, 2 * hw[1] - 1)
@@ -218,7 +217,7 @@ class MLPSpatialPrior(SpatialPrior):
         self,
         num_heads,
         hidden_dims=32,
-        act_cfg=dict(type='ReLU'),  # noqa: B006
+        act_cfg=dict(type='ReLU'),
         init='released',
         **kwargs,
     ):
@@ -275,7 +274,9 @@ class MLPSpatialPrior(SpatialPrior):
         x = torch.addmm(bias.to(dtype)[:, None], weight.to(dtype), offsets.t())
         x = self.act(x.unflatten(0, (heads, -1)))
         for i in range(2, len(self.hidden_dims) + 1):
-            weight, bias = (p.to(dtype).unflatten(0, (heads, -1)) for p in self._layer(i))
+            weight, bias = (
+                p.to(dtype).unflatten(0, (heads, -1)) for p in self._layer(i)
+            )
             x = self.act(torch.baddbmm(bias[..., None], weight, x))
         weight, bias = self._layer(len(self.hidden_dims) + 1)
         weight = weight.to(dtype).view(heads, 1, -1)

@@ -244,8 +244,8 @@ class SPViT(VisionTransformer):
         layer_scale_init_value=0.0,
         interpolate_mode='bicubic',
         pre_norm=False,
-        patch_cfg=dict(),  # noqa: B006
-        layer_cfgs=dict(),  # noqa: B006
+        patch_cfg=dict(),
+        layer_cfgs=dict(),
         init_cfg=None,
     ):
         settings = arch
@@ -438,7 +438,7 @@ class SPViT(VisionTransformer):
         # Plain floats: a numpy scalar would break torch.compile's full graph.
         rates = np.linspace(0, drop_path_rate, self.num_layers).tolist()
         self.layers = ModuleList()
-        for i, (rate, layer_cfg) in enumerate(zip(rates, layer_cfgs)):
+        for i, (rate, layer_cfg) in enumerate(zip(rates, layer_cfgs, strict=True)):
             has_cls_token = self.with_cls_token and i >= self.cls_token_layer
             cfg = dict(
                 embed_dims=self.embed_dims,
@@ -604,7 +604,10 @@ class SPViT(VisionTransformer):
 
     def _guess_grid(self, length):
         """The grid of a pos_embed whose checkpoint does not say it: a square."""
-        for num_extra_tokens in (1, 0):
+        extra_tokens = (1, 0)
+        if self.pos_embed is not None and length == self.pos_embed.shape[1]:
+            extra_tokens = (self.num_pos_extra_tokens,)
+        for num_extra_tokens in extra_tokens:
             side = math.isqrt(length - num_extra_tokens)
             if side > 0 and side * side == length - num_extra_tokens:
                 return side, side

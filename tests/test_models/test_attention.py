@@ -7,6 +7,7 @@ from mmpretrain.registry import MODELS
 
 from spvit_mm.models import MLPSpatialPrior, SpatialPriorAttention
 
+from . import AUTOCAST_DTYPES
 from .naive import pair_prior, spsa
 
 CASES = [((3, 3), 0), ((2, 4), 0), ((1, 5), 0), ((3, 2), 1), ((2, 3), 2), ((1, 1), 1)]
@@ -113,7 +114,7 @@ def test_attention_dropout_only_in_training():
     assert not torch.equal(attn(x, (2, 3)), attn(x, (2, 3)))
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', AUTOCAST_DTYPES)
 def test_mixed_precision_stays_close(dtype):
     attn = build().float()
     x = torch.randn(2, 12, 12)

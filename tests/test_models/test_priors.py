@@ -9,6 +9,7 @@ from mmpretrain.registry import MODELS
 
 from spvit_mm.models import MLPSpatialPrior, SpatialPrior, relative_offsets
 
+from . import AUTOCAST_DTYPES
 from .naive import pair_prior
 
 GRIDS = [(1, 1), (1, 5), (4, 1), (3, 3), (2, 5), (4, 3)]
@@ -70,7 +71,9 @@ def test_deep_mlp_is_the_composition():
         x = offsets
         for i, (fan_out, fan_in) in enumerate([(5, 2), (4, 5)], 1):
             weight = getattr(prior, f'w{i}').view(2, fan_out, fan_in)[h]
-            x = nn.functional.gelu(x @ weight.t() + getattr(prior, f'b{i}').view(2, -1)[h])
+            x = nn.functional.gelu(
+                x @ weight.t() + getattr(prior, f'b{i}').view(2, -1)[h]
+            )
         x = x @ prior.w3.view(2, 4)[h] + prior.b3[h]
         torch.testing.assert_close(table[h].flatten(), x)
 
@@ -119,7 +122,7 @@ def test_the_training_grid_is_remembered():
     assert other.train_grid.tolist() == [3, 4]
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', AUTOCAST_DTYPES)
 def test_computed_in_float32_under_mixed_precision(dtype):
     prior = random_prior(2).float()
     expected = prior((4, 4))
