@@ -10,5 +10,8 @@ from .version import __version__
 check_requirements()
 
 from . import datasets, models  # noqa: E402, F401
+from .hub import register_models  # noqa: E402
+
+register_models()
 
 __all__ = ['__version__']

@@ -154,8 +154,8 @@ class SpatialPrior(BaseModule):
         anchor, dtype = self._anchor(), torch.float32
         if anchor is not None:
             device = anchor.device
-            if anchor.is_floating_point():
-                dtype = torch.promote_types(anchor.dtype, dtype)
+            if anchor.dtype == torch.float64:
+                dtype = torch.float64
         offsets = relative_offsets(hw, device or 'cpu').to(dtype)
         device_type = offsets.device.type
         with torch.autocast(device_type, enabled=False):
