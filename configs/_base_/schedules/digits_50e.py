@@ -1,5 +1,7 @@
 _base_ = './cifar_200e.py'
 
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
+
 param_scheduler = [
     dict(
         type='LinearLR',
@@ -17,5 +19,5 @@ param_scheduler = [
     ),
 ]
 
-train_cfg = dict(by_epoch=True, max_epochs=30, val_interval=5)
+train_cfg = dict(by_epoch=True, max_epochs=50, val_interval=5)
 auto_scale_lr = dict(base_batch_size=64)

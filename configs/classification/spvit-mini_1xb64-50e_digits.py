@@ -2,7 +2,7 @@
 # about a minute on a laptop.
 _base_ = [
     '../_base_/datasets/digits_bs64_24.py',
-    '../_base_/schedules/digits_30e.py',
+    '../_base_/schedules/digits_50e.py',
     '../_base_/default_runtime.py',
 ]
 
