@@ -1,0 +1,52 @@
+# `make quickstart` and `make test` are all a newcomer needs.
+VENV ?= .venv
+PYTHON ?= python3
+# The original OpenMMLab stack wants an older Python.
+VENV_OPENMMLAB ?= .venv-openmmlab
+PYTHON_OPENMMLAB ?= python3.10
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.spvit_mm-ready
+READY_OPENMMLAB := $(VENV_OPENMMLAB)/.spvit_mm-ready
+
+.PHONY: help install quickstart test test-slow lint smoke-openmmlab
+
+help:
+	@echo 'make quickstart       train, evaluate and look inside an SP-ViT on handwritten digits'
+	@echo 'make test             the test suite (under 10 minutes on 2 cores)'
+	@echo 'make test-slow        the tests that take longer'
+	@echo 'make lint             ruff'
+	@echo 'make smoke-openmmlab  import, build and run under the original OpenMMLab stack'
+
+install: $(READY)
+
+# Made anew only when the requirements change.
+$(READY): requirements/readme.txt requirements/dev.txt setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'spvit_mm needs Python 3.10 or newer: make PYTHON=python3.11 ...' >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/readme.txt -r requirements/dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+quickstart: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/quickstart.sh
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(READY_OPENMMLAB): requirements/openmmlab.txt setup.cfg pyproject.toml
+	test -x $(VENV_OPENMMLAB)/bin/python || $(PYTHON_OPENMMLAB) -m venv $(VENV_OPENMMLAB)
+	$(VENV_OPENMMLAB)/bin/python -m pip install -q --disable-pip-version-check -r requirements/openmmlab.txt
+	$(VENV_OPENMMLAB)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+smoke-openmmlab: $(READY_OPENMMLAB)
+	$(VENV_OPENMMLAB)/bin/python tests/smoke_openmmlab.py
