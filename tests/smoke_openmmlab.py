@@ -7,7 +7,6 @@ import mmcv
 import mmengine
 import mmpretrain
 import torch
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain import get_model, list_models
 from mmpretrain.registry import MODELS
@@ -24,7 +23,7 @@ def main():
     init_default_scope('mmpretrain')
     for name in [*list_models('spvit-'), *list_models('sp-deit-')]:
         model = get_model(name)
-        cfg = Config(model._config)
+        cfg = model._config
         size = cfg.model.backbone.get('img_size', 224)
         # Not square: what the authors' code cannot take.
         image = torch.rand(1, 3, size, size + 16)
