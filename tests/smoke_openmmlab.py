@@ -1,6 +1,6 @@
 """Import, build and run a forward: that the original OpenMMLab stack will do.
 
-    make smoke-openmmlab
+make smoke-openmmlab
 """
 
 import mmcv

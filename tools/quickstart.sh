@@ -2,22 +2,22 @@
 # Train an SP-ViT on the digits that scikit-learn ships, evaluate the saved
 # checkpoint and draw the priors that it has learned. No download.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
+ROOT=$(dirname "$0")/..
 NAME=spvit-mini_1xb64-50e_digits
-CONFIG=configs/classification/$NAME.py
+CONFIG=$ROOT/configs/classification/$NAME.py
 WORK=${WORK_DIR:-work_dirs/quickstart}
 
-echo "== Train $CONFIG (about a minute on two quiet cores)"
-python tools/train.py "$CONFIG" --work-dir "$WORK"
+echo "== Train $NAME (about a minute on two quiet cores)"
+python "$ROOT"/tools/train.py "$CONFIG" --work-dir "$WORK"
 CHECKPOINT=$(cat "$WORK/last_checkpoint")
 
 echo "== Evaluate $CHECKPOINT on the 360 held-out digits"
-python tools/test.py "$CONFIG" "$CHECKPOINT" --work-dir "$WORK/test" \
+python "$ROOT"/tools/test.py "$CONFIG" "$CHECKPOINT" --work-dir "$WORK/test" \
     --out "$WORK/metrics.json" --out-item metrics
 
 echo "== Draw the learned priors"
-python tools/visualization/show_priors.py "$CONFIG" "$CHECKPOINT" --out "$WORK/priors.png"
+python "$ROOT"/tools/visualization/show_priors.py "$CONFIG" "$CHECKPOINT" --out "$WORK/priors.png"
 
 ACCURACY=$(python -c "import json, sys; print('%.2f' % json.load(open(sys.argv[1]))['accuracy/top1'])" "$WORK/metrics.json")
 LOG=$(ls -t "$WORK"/*/*.log | head -n 1)

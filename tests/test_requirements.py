@@ -1,0 +1,38 @@
+import subprocess
+import sys
+
+import pytest
+
+from spvit_mm.requirements import check_requirements
+
+
+def test_what_is_here_will_do():
+    check_requirements()
+
+
+def test_missing_is_named():
+    with pytest.raises(
+        ImportError, match=r'needs mmnothing>=1.0, which is not installed'
+    ):
+        check_requirements({'mmnothing': '1.0'})
+
+
+def test_too_old_is_named():
+    with pytest.raises(
+        ImportError, match=r'needs mmcv>=99.0, but mmcv \d.* is installed'
+    ):
+        check_requirements({'mmcv': '99.0'})
+
+
+def test_import_without_mmpretrain_ends_in_one_line():
+    code = "import sys; sys.modules['mmpretrain'] = None; import spvit_mm"
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert (
+        run.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            'ImportError: spvit_mm needs mmpretrain>=1.2.0, which is not installed. '
+            "Install the maintained forks with `pip install 'spvit-mm[onedl]'`"
+        )
+    )
