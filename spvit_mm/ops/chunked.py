@@ -36,7 +36,7 @@ from .prior import expand_columns, fold_columns, row_slice
 _SMALL_SUM, _LARGE_SUM = 1e-18, 1e18
 # Bytes of the scores of one block, per thread. With the block's prior beside them
 # they fill the second-level cache of current server cores (2 MB).
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 3 << 19
 # From this many blocks that share keys and values on, row-major copies of k^T and
 # v are repaid: products with them are up to a third faster than with slices of a
 # joint projection.
