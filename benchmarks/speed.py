@@ -138,15 +138,14 @@ def build_network(name: str, case: Case) -> torch.nn.Module:
     kind = name.split('-')[1]
     if kind == '0spsa':
         return SPViT(arch='spvit-small', img_size=image, num_spsa_layers=0)
-    return SPViT(arch='spvit-small', img_size=image, attn_cfg=dict(attn_impl=kind))
+    attn_cfg = {'type': 'SpatialPriorAttention', 'attn_impl': kind}
+    return SPViT(arch='spvit-small', img_size=image, attn_cfg=attn_cfg)
 
 
 def build_model(name: str, case: Case):
     """A whole network: forward, or forward, backward and one AdamW step."""
     torch.manual_seed(0)
     net = build_network(name, case).to(case.device)
-    if name != 'timm-relpos':
-        net.init_weights()
     image = case.grid * PATCH
     images = torch.randn(case.batch, 3, image, image, device=case.device)
     half = case.dtype == 'bf16'
