@@ -180,15 +180,15 @@ BUILD = {'layer': build_layer, 'model': build_model}
 # --- measuring
 
 
-def clock(run, device: str) -> float:
+def clock(run, device: str, timer=time.perf_counter) -> float:
     """Seconds that ``run`` takes."""
     if device == 'cuda':
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = timer()
     run()
     if device == 'cuda':
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return timer() - start
 
 
 def peak_memory(name: str, case: Case) -> tuple[float, float]:
@@ -236,7 +236,7 @@ def measure(case: Case, names: list[str], args) -> list[dict]:
     times = {name: [] for name in runs}
     for repeat in range(args.repeats + 1):
         for name, run in runs.items():
-            seconds = clock(run, case.device)
+            seconds = clock(run, case.device, args.timer)
             if repeat:  # the first round warms up
                 times[name].append(seconds)
     floor = times.get(FLOOR[case.part])
@@ -370,6 +370,8 @@ def parse_args(argv=None):
     add('--device', choices=['cpu', 'cuda'], default='cpu')
     add('--threads', type=int, default=torch.get_num_threads())
     add('--repeats', type=int, default=7)
+    text = 'count CPU time with one thread, for a machine that others use as well'
+    add('--cpu-time', text, action='store_true')
     text = 'most tokens for the naive formula, which takes a few kB a pair'
     add('--max-naive', text, type=int, default=1024)
     add('--max-eager', 'most tokens for eager', type=int, default=2304)
@@ -378,6 +380,11 @@ def parse_args(argv=None):
     add('--out-dir', type=Path, default=Path('work_dirs/speed'))
     add('--memory-of', argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.timer = time.perf_counter
+    if args.cpu_time:
+        if args.device != 'cpu':
+            parser.error('--cpu-time is for --device cpu')
+        args.timer, args.threads = time.process_time, 1
     if args.short:
         args.grids, args.cases = [14, 24, 32], cases[:3]
     for text in args.cases:
