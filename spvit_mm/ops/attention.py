@@ -141,8 +141,7 @@ def spatial_prior_attention(
               run; and eager in all other cases. On one core in float32, 6 heads
               of 64, batch 1, as multiples of vanilla attention, forward: 196
               tokens 1.7 (eager 2.0), 576 tokens 1.7 (2.4), 1,024 tokens 1.8
-              (4.0); forward and backward: 1.7 (1.8), 1.5 (2.1), 1.3 (eager 2.8 or
-              more). ``benchmarks/speed.py --part layer --cpu-time`` prints them.
+              (4.0); forward and backward: 1.7 (1.8), 1.5 (2.1), 1.6 (2.6). ``benchmarks/speed.py --part layer --cpu-time`` prints them.
               The choice on CUDA has not been measured.
 
     Returns:
