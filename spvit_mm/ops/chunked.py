@@ -6,14 +6,15 @@ several images, when they are small). For each block
     S = scale * q k^T          E = exp(omega * S - m)          out = E v / rowsum(E)
 
 where ``m`` is a shift per row that a softmax does not see. It is needed only
-where ``exp`` could leave the range of the type; a bound on the logits,
-``max|omega| * max|q| * max|k| * scale``, costs N * d and shows that it cannot in
-almost every network, so that the two passes over the block that a shift costs
-are saved. The division by the row's sum is left to the (rows, d) result.
+where ``exp`` comes near the ends of the type's range, and the row sums tell when
+that was so: then, and for what follows in the call, the block is done again with
+the row's maximum as its shift. So almost every network is spared the two passes
+over the block that a shift costs. The division by the row's sum is left to the
+(rows, d) result.
 
 The backward pass computes each block afresh (as FlashAttention does, Dao et al.,
-arXiv 2205.14135): saved are q, k, v, the table, the result and one or two numbers a row.
-With ``g' = g / rowsum(E)`` and ``D = rowsum(g' * out)``,
+arXiv 2205.14135): saved are q, k, v, the table, the result and one or two numbers
+a row. With ``g' = g / rowsum(E)`` and ``D = rowsum(g' * out)``,
 
     dV = E^T g'      dL = E * (g' v^T - D)      dTable = fold(sum over images of dL * S)
     dS = omega * dL  dQ = scale * dS k          dK = scale * dS^T q
@@ -29,13 +30,17 @@ from torch.autograd.function import once_differentiable
 
 from .prior import expand_columns, fold_columns, row_slice
 
-# Logits whose absolute value stays below this need no shift before exp: with
-# exp(+-40) within 1e+-18, products with values and gradients stay far from the
-# ends of float32.
-_SAFE_LOGIT = 40.0
-# Bytes of one N x N buffer of a block, per thread. Half a megabyte of scores and
-# as much prior fit the second-level cache of current server cores (1-2 MB).
-_BLOCK_BYTES = 1 << 19
+# Row sums of exp between these need no shift: every logit that counts then lies
+# within +-41, and products with values and gradients stay far from the ends of
+# float32.
+_SMALL_SUM, _LARGE_SUM = 1e-18, 1e18
+# Bytes of the scores of one block, per thread. With the block's prior beside them
+# they fill the second-level cache of current server cores (2 MB).
+_BLOCK_BYTES = 3 << 19
+# From this many blocks that share keys and values on, row-major copies of k^T and
+# v are repaid: products with them are up to a third faster than with slices of a
+# joint projection.
+_COPY_FROM = 4
 
 
 class Plan(NamedTuple):
@@ -67,7 +72,9 @@ def plan_blocks(
     budget = _BLOCK_BYTES * max(threads, 1)
     image = heads * tokens * tokens * item
     if image <= budget:
-        return Plan(max(1, min(batch, budget // image)), height)
+        # Several images a block must be copied side by side, which pays only
+        # where a block of one would be too small to keep the threads busy.
+        return Plan(max(1, min(batch, budget // (8 * image))), height)
     rows = budget // (heads * width * tokens * item)
     return Plan(1, max(1, min(height, rows)))
 
@@ -91,23 +98,29 @@ class _Prior:
                 rows.copy_(self.strip[:, :, row_slice(y, hw)])
         self.grad: Optional[Tensor] = None
 
-    def mul(self, scores: Tensor, y0: int, y1: int, first: int) -> None:
-        """``scores *= omega`` for rows ``y0..y1`` of the grid.
+    def mul(self, scores: Tensor, out: Tensor, y0: int, y1: int, first: int) -> None:
+        """``out = omega * scores`` for rows ``y0..y1`` of the grid.
 
         Args:
-            scores (Tensor): ``(images, heads, rows, tokens)``; changed in place.
+            scores (Tensor): ``(images, heads, rows, tokens)``.
+            out (Tensor): Like ``scores``, or ``scores`` itself.
             y0 (int): First row of the grid.
             y1 (int): One past the last.
             first (int): Extra tokens among the block's queries; prior 1.
         """
-        width = self.hw[1]
+        width, extra = self.hw[1], self.extra
+        if extra and out is not scores:
+            out[..., :extra].copy_(scores[..., :extra])
+            out[:, :, :first].copy_(scores[:, :, :first])
         if self.whole is not None:
-            scores[:, :, first:, self.extra :].mul_(self.whole)
+            grid = (..., slice(first, None), slice(extra, None))
+            torch.mul(scores[grid], self.whole, out=out[grid])
             return
         for y in range(y0, y1):
             low = first + (y - y0) * width
-            rows = scores[:, :, low : low + width, self.extra :]
-            rows.mul_(self.strip[:, :, row_slice(y, self.hw)])
+            grid = (..., slice(low, low + width), slice(extra, None))
+            rows = self.strip[:, :, row_slice(y, self.hw)]
+            torch.mul(scores[grid], rows, out=out[grid])
 
     def add_grad(self, d_logits: Tensor, scores: Tensor, y0, y1, first) -> None:
         """Add ``sum over images of d_logits * scores`` to the gradient of the prior.
@@ -153,13 +166,13 @@ class _Prior:
         return fold_columns(grad, self.hw)
 
 
-def _like_projection(x: Tensor, dim: int) -> Tensor:
-    """An empty ``(B, heads, T, dim)`` whose memory is ``(B, T, heads, dim)``.
+def _like_projection(x: Tensor) -> Tensor:
+    """An empty ``(B, heads, T, d)`` like ``x`` whose memory is ``(B, T, heads, d)``.
 
     That is the order in which the output projection reads it: merging the heads
     is then a view.
     """
-    batch, heads, tokens, _ = x.shape
+    batch, heads, tokens, dim = x.shape
     return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
@@ -185,6 +198,23 @@ def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).flatten(0, 1)
 
 
+def _target(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where to write ``(n * heads, T, d)``: ``x`` itself if its memory allows.
+
+    ``x`` is ``(n, heads, T, d)``; one image of it is a strided batch of matrices
+    that a product can write to. Otherwise an own tensor, for :func:`_settle`.
+    """
+    if x.shape[0] == 1 and x.dtype == dtype:
+        return x[0]
+    return x.new_empty(x.shape, dtype=dtype).flatten(0, 1)
+
+
+def _settle(x: Tensor, target: Tensor) -> None:
+    """Copy what was written to an own tensor of :func:`_target` into ``x``."""
+    if x.shape[0] > 1 or x.dtype != target.dtype:
+        x.copy_(target.view(x.shape))
+
+
 def _drop(mask: Tensor, p: float, generator: torch.Generator) -> Tensor:
     """Fill ``mask`` with 0 or 1 / (1 - p), the same for the same generator state."""
     if p >= 1:
@@ -198,130 +228,139 @@ def _generator(seed: Optional[int], device) -> Optional[torch.Generator]:
     return torch.Generator(device=device).manual_seed(seed)
 
 
-def _needs_shift(q: Tensor, k: Tensor, table: Tensor, scale: float) -> bool:
-    """Whether some logit might exceed the range in which exp needs no shift."""
-    norms = torch.linalg.vector_norm(q, dim=-1, dtype=table.dtype).amax()
-    norms = norms * torch.linalg.vector_norm(k, dim=-1, dtype=table.dtype).amax()
-    bound = norms * table.abs().amax().clamp(min=1.0) * abs(scale)
-    # Written so that a NaN asks for the shift, and then shows in the result.
-    return not bool(bound <= _SAFE_LOGIT)
-
-
-def _forward(q, k, v, table, hw, scale, extra, p, seed, plan, shift):
+def _forward(q, k, v, table, hw, scale, extra, p, seed, plan):
     """The result, and the sums (and shifts) of the rows for the backward pass."""
-    batch, heads, tokens, dim = q.shape
+    batch, heads, tokens, _ = q.shape
     dtype = table.dtype
     generator = _generator(seed, q.device)
     prior = _Prior(table, hw, extra, plan, batch)
-    out = _like_projection(q, v.shape[-1])
+    out = _like_projection(v)
     sums = table.new_empty(batch, heads, tokens, 1)
-    shifts = table.new_empty(batch, heads, tokens, 1) if shift else None
-    most = plan.rows * hw[1] + extra
-    room = table.new_empty(plan.images * heads * most * tokens)
-    drop = torch.empty_like(room) if p else None
+    shifts = None
+    most = min(plan.images, batch) * heads * (plan.rows * hw[1] + extra) * tokens
+    room = table.new_empty(2 if p else 1, most)
     for b0, b1, rows in _blocks(plan, batch, hw, extra):
-        n = (b1 - b0) * heads
-        q_all = _flat(q[b0:b1], dtype)
-        # Row-major copies of k^T and v: a third faster products than strided ones.
-        k_t = _flat(k[b0:b1], dtype).transpose(1, 2).contiguous()
-        v_all = _flat(v[b0:b1], dtype).contiguous()
+        images = b1 - b0
+        n = images * heads
+        q_all, k_all, v_all = (_flat(x[b0:b1], dtype) for x in (q, k, v))
+        k_t = k_all.transpose(1, 2)
+        if len(rows) >= _COPY_FROM:
+            k_t, v_all = k_t.contiguous(), v_all.contiguous()
         for t0, t1, y0, y1, first in rows:
-            size = n * (t1 - t0) * tokens
-            s = room[:size].view(n, t1 - t0, tokens)
-            torch.baddbmm(s, q_all[:, t0:t1], k_t, beta=0, alpha=scale, out=s)
-            prior.mul(s.view(b1 - b0, heads, t1 - t0, tokens), y0, y1, first)
-            if shift:
-                top = s.amax(-1, keepdim=True)
-                s.sub_(top)
-                shifts[b0:b1, :, t0:t1] = top.view(b1 - b0, heads, t1 - t0, 1)
-            s.exp_()
-            total = s.sum(-1, keepdim=True).view(b1 - b0, heads, t1 - t0, 1)
-            sums[b0:b1, :, t0:t1] = total
+            length = t1 - t0
+            s = room[0, : n * length * tokens].view(n, length, tokens)
+            s4 = s.view(images, heads, length, tokens)
+            total = sums[b0:b1, :, t0:t1]
+            while True:
+                torch.baddbmm(s, q_all[:, t0:t1], k_t, beta=0, alpha=scale, out=s)
+                prior.mul(s4, s4, y0, y1, first)
+                if shifts is not None:
+                    shifts[b0:b1, :, t0:t1] = s4.amax(-1, keepdim=True)
+                    s4.sub_(shifts[b0:b1, :, t0:t1])
+                s.exp_()
+                torch.sum(s4, -1, keepdim=True, out=total)
+                if shifts is not None:
+                    break
+                low, high = torch.aminmax(total)
+                # A NaN compares false: it takes the shift, and shows in the result.
+                if float(low) >= _SMALL_SUM and float(high) <= _LARGE_SUM:
+                    break
+                shifts = torch.zeros_like(sums)
             if p:
-                s.mul_(_drop(drop[:size].view_as(s), p, generator))
-            mixed = torch.bmm(s, v_all).view(b1 - b0, heads, t1 - t0, -1)
-            out[b0:b1, :, t0:t1] = mixed.div_(total)
+                s.mul_(_drop(room[1, : s.numel()].view_as(s), p, generator))
+            block = out[b0:b1, :, t0:t1]
+            mixed = _target(block, dtype)
+            torch.bmm(s, v_all, out=mixed)
+            mixed.view(images, heads, length, -1).div_(total)
+            _settle(block, mixed)
     return out, sums, shifts
 
 
 def _backward(
-    grad, q, k, v, table, out, sums, shifts, needs, hw, scale, extra, p, seed, plan
+    grad,
+    q,
+    k,
+    v,
+    table,
+    out,
+    sums,
+    shifts,
+    needs_table,
+    hw,
+    scale,
+    extra,
+    p,
+    seed,
+    plan,
 ):
-    """Gradients of q, k, v and the table (None where ``needs`` says so)."""
-    batch, heads, tokens, dim = q.shape
+    """Gradients of q, k, v and (None unless ``needs_table``) of the table."""
+    batch, heads, tokens, _ = q.shape
     dtype = table.dtype
     generator = _generator(seed, q.device)
     prior = _Prior(table, hw, extra, plan, batch)
-    dq, dk, dv = (
-        _like_projection(q, dim),
-        _like_projection(k, dim),
-        _like_projection(v, v.shape[-1]),
-    )
-    most = plan.rows * hw[1] + extra
-    rooms = table.new_empty(3 if not p else 4, plan.images * heads * most * tokens)
+    dq, dk, dv = (_like_projection(x) for x in (q, k, v))
+    most = min(plan.images, batch) * heads * (plan.rows * hw[1] + extra) * tokens
+    room = table.new_empty(4 if p else 3, most)
     for b0, b1, rows in _blocks(plan, batch, hw, extra):
         images = b1 - b0
         n = images * heads
-        q_all = _flat(q[b0:b1], dtype)
-        k_all = _flat(k[b0:b1], dtype).contiguous()
-        k_t = k_all.transpose(1, 2).contiguous()
-        v_t = _flat(v[b0:b1], dtype).transpose(1, 2).contiguous()
-        dk_sum = torch.zeros_like(k_all)
-        dv_sum = table.new_zeros(n, tokens, v.shape[-1])
+        q_all, k_all, v_all = (_flat(x[b0:b1], dtype) for x in (q, k, v))
+        k_t, v_t = k_all.transpose(1, 2), v_all.transpose(1, 2)
+        if len(rows) >= _COPY_FROM:
+            k_all, k_t, v_t = k_all.contiguous(), k_t.contiguous(), v_t.contiguous()
+        dk_sum, dv_sum = _target(dk[b0:b1], dtype), _target(dv[b0:b1], dtype)
         for t0, t1, y0, y1, first in rows:
             length = t1 - t0
-            size = n * length * tokens
-            s, e, d = (room[:size].view(n, length, tokens) for room in rooms[:3])
-            s4, e4, d4 = (x.view(images, heads, length, tokens) for x in (s, e, d))
+            four = (images, heads, length, tokens)
+            s4, e4, d4 = (x[: n * length * tokens].view(four) for x in room[:3])
+            s, e, d = s4.flatten(0, 1), e4.flatten(0, 1), d4.flatten(0, 1)
             q_rows = q_all[:, t0:t1]
             torch.baddbmm(s, q_rows, k_t, beta=0, alpha=scale, out=s)
-            e.copy_(s)
-            prior.mul(e4, y0, y1, first)
+            prior.mul(s4, e4, y0, y1, first)
             if shifts is not None:
                 e4.sub_(shifts[b0:b1, :, t0:t1])
             e.exp_()
-            g = grad[b0:b1, :, t0:t1] / sums[b0:b1, :, t0:t1]
-            dot = (g * out[b0:b1, :, t0:t1]).sum(-1, keepdim=True)
-            g = g.reshape(n, length, -1)
+            g4 = grad[b0:b1, :, t0:t1] / sums[b0:b1, :, t0:t1]
+            dot = (g4 * out[b0:b1, :, t0:t1]).sum(-1, keepdim=True)
+            g = g4.flatten(0, 1)
             torch.bmm(g, v_t, out=d)
+            weights = e
             if p:
-                mask = _drop(rooms[3][:size].view_as(s), p, generator)
-                d.mul_(mask)
-                dv_sum.baddbmm_(mask.mul_(e).transpose(1, 2), g)
-            else:
-                dv_sum.baddbmm_(e.transpose(1, 2), g)
-            d4.sub_(dot)
-            d.mul_(e)
-            if needs[3]:
+                weights = _drop(room[3, : e.numel()].view_as(e), p, generator)
+                d.mul_(weights)
+                weights.mul_(e)
+            keep = int(t0 > 0)  # the first block overwrites what the memory held
+            torch.baddbmm(dv_sum, weights.transpose(1, 2), g, beta=keep, out=dv_sum)
+            d4.sub_(dot).mul_(e4)
+            if needs_table:
                 prior.add_grad(d4, s4, y0, y1, first)
-            prior.mul(d4, y0, y1, first)
-            dq_rows = torch.bmm(d, k_all).mul_(scale)
-            dq[b0:b1, :, t0:t1] = dq_rows.view(images, heads, length, dim)
-            dk_sum.baddbmm_(d.transpose(1, 2), q_rows, alpha=scale)
-        dk[b0:b1] = dk_sum.view(images, heads, tokens, dim)
-        dv[b0:b1] = dv_sum.view(images, heads, tokens, -1)
-    d_table = prior.table_grad(table.shape[0]) if needs[3] else None
-    return dq, dk, dv, d_table
+            prior.mul(d4, d4, y0, y1, first)
+            block = dq[b0:b1, :, t0:t1]
+            dq_rows = _target(block, dtype)
+            torch.baddbmm(dq_rows, d, k_all, beta=0, alpha=scale, out=dq_rows)
+            _settle(block, dq_rows)
+            torch.baddbmm(
+                dk_sum, d.transpose(1, 2), q_rows, beta=keep, alpha=scale, out=dk_sum
+            )
+        _settle(dk[b0:b1], dk_sum)
+        _settle(dv[b0:b1], dv_sum)
+    return dq, dk, dv, prior.table_grad(table.shape[0]) if needs_table else None
 
 
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, table, hw, scale, extra, p, seed, plan):
-        shift = _needs_shift(q, k, table, scale)
-        out, sums, shifts = _forward(
-            q, k, v, table, hw, scale, extra, p, seed, plan, shift
-        )
+    def forward(ctx, q, k, v, table, *settings):
+        out, sums, shifts = _forward(q, k, v, table, *settings)
         ctx.save_for_backward(q, k, v, table, out, sums, shifts)
-        ctx.settings = (hw, scale, extra, p, seed, plan)
+        ctx.settings = settings
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grads = _backward(
-            grad, *ctx.saved_tensors, ctx.needs_input_grad[:4], *ctx.settings
-        )
-        return *grads, None, None, None, None, None, None
+        needs_table = ctx.needs_input_grad[3]
+        grads = _backward(grad, *ctx.saved_tensors, needs_table, *ctx.settings)
+        return *grads, *[None] * len(ctx.settings)
 
 
 def chunked_attention(
@@ -355,4 +394,4 @@ def chunked_attention(
     args = (q, k, v, table, tuple(hw), scale, num_extra_tokens, dropout_p, seed, plan)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, table)):
         return _ChunkedAttention.apply(*args)
-    return _forward(*args, _needs_shift(q, k, table, scale))[0]
+    return _forward(*args)[0]

@@ -138,5 +138,8 @@ def flex_prior_attention(
     compiled. Arguments as in :func:`~spvit_mm.ops.spatial_prior_attention`,
     already checked.
     """
+    if not torch.is_grad_enabled():
+        # On the CPU FlexAttention refuses tensors that require gradients even then.
+        q, k, v, table = (x.detach() for x in (q, k, v, table))
     function = flex_attention_uncompiled if compiling else _compiled()
     return function(q, k, v, table.float(), tuple(hw), scale, num_extra_tokens)

@@ -1,0 +1,448 @@
+"""Time and memory of attention with a spatial prior, as ratios to none.
+
+Two parts. ``layer``: q, k, v are given, and each kernel (with the prior's MLP in
+front) stands beside ``sdpa`` (no prior: the floor) and ``naive`` (the formula as it
+is written, with the MLP on all N x N pairs). ``model``: SP-ViT-S with each kernel
+beside the same skeleton without SP-SA layers (the floor), mmpretrain's
+VisionTransformer and SwinTransformer and timm's ViT with relative positions, all of
+like size.
+
+Within one case the contestants take turns, so that a busy machine slows all of them;
+medians are reported. Peak memory is taken in a process of its own each.
+
+    python benchmarks/speed.py --short
+    python benchmarks/speed.py --part layer --grids 14 24 32 48 64 --dtypes fp32 bf16
+    python benchmarks/speed.py --part model --cases infer:14:8 infer:32:1 train:14:4
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from spvit_mm.ops import spatial_prior_attention
+
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
+HEADS, HEAD_DIMS, HIDDEN, PATCH = 6, 64, 32, 16
+FLOOR = {'layer': 'sdpa', 'model': 'spvit-0spsa'}
+LAYERS = ('sdpa', 'eager', 'chunked', 'flex', 'naive')
+MODELS = (
+    'spvit-0spsa',
+    'spvit-auto',
+    'spvit-eager',
+    'spvit-chunked',
+    'spvit-flex',
+    'mmpretrain-vit',
+    'mmpretrain-swin',
+    'timm-relpos',
+)
+
+
+class Case(NamedTuple):
+    """What is measured; the contestants of one case are compared."""
+
+    part: str
+    mode: str
+    grid: int
+    batch: int
+    dtype: str
+    device: str
+
+    @property
+    def tokens(self) -> int:
+        return self.grid**2
+
+
+# --- contestants: each builder returns a function that does the work once
+
+
+def build_layer(name: str, case: Case):
+    """One attention layer between its projections, with its prior."""
+    torch.manual_seed(0)
+    train = case.mode == 'train'
+    device, dtype = case.device, DTYPES[case.dtype]
+    size, tokens = case.grid, case.tokens
+    qkv = torch.randn(case.batch, tokens, 3 * HEADS * HEAD_DIMS, device=device)
+    qkv = qkv.to(dtype).requires_grad_(train)
+    grad = torch.randn(case.batch, tokens, HEADS * HEAD_DIMS, device=device).to(dtype)
+    shapes = ((HEADS, HIDDEN, 2), (HEADS, HIDDEN, 1), (HEADS, 1, HIDDEN), (HEADS, 1, 1))
+    weights = [
+        (torch.randn(x, device=device) * 0.2).requires_grad_(train) for x in shapes
+    ]
+    axis = torch.arange(size, device=device, dtype=torch.float32)
+    y, x = (a.flatten() for a in torch.meshgrid(axis, axis, indexing='ij'))
+    steps = torch.arange(1 - size, size, device=device, dtype=torch.float32)
+    dy, dx = (a.flatten() for a in torch.meshgrid(steps, steps, indexing='ij'))
+    offsets = torch.stack([dx, dy])
+
+    def mlp(coords):
+        w1, b1, w2, b2 = weights
+        return 1 + b2 + w2 @ (w1 @ coords + b1).relu()
+
+    def attend():
+        split = qkv.view(case.batch, tokens, 3, HEADS, HEAD_DIMS)
+        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
+        if name == 'sdpa':
+            return spatial_prior_attention(q, k, v, None, (size, size))
+        if name == 'naive':
+            pairs = torch.stack(
+                [(x[None] - x[:, None]).flatten(), (y[None] - y[:, None]).flatten()]
+            )
+            omega = mlp(pairs).view(HEADS, tokens, tokens)
+            logits = omega * (q @ k.transpose(-2, -1) * HEAD_DIMS**-0.5)
+            return logits.softmax(-1).to(v.dtype) @ v
+        table = mlp(offsets).view(HEADS, 2 * size - 1, 2 * size - 1)
+        return spatial_prior_attention(q, k, v, table, (size, size), attn_impl=name)
+
+    def run():
+        with torch.set_grad_enabled(train):
+            out = attend().transpose(1, 2).reshape(grad.shape)
+            if train:
+                leaves = [qkv] if name == 'sdpa' else [qkv, *weights]
+                torch.autograd.grad(out, leaves, grad)
+
+    return run
+
+
+def build_network(name: str, case: Case) -> torch.nn.Module:
+    """A network of the size of SP-ViT-S / DeiT-S for the case's image."""
+    image = case.grid * PATCH
+    if name == 'timm-relpos':
+        import timm
+
+        return timm.create_model(
+            'vit_relpos_small_patch16_224', img_size=image, num_classes=0
+        )
+    if name == 'mmpretrain-vit':
+        from mmpretrain.models import VisionTransformer
+
+        return VisionTransformer(arch='deit-small', img_size=image, patch_size=PATCH)
+    if name == 'mmpretrain-swin':
+        from mmpretrain.models import SwinTransformer
+
+        return SwinTransformer(arch='tiny', img_size=image, pad_small_map=True)
+    from spvit_mm.models import SPViT
+
+    kind = name.split('-')[1]
+    if kind == '0spsa':
+        return SPViT(arch='spvit-small', img_size=image, num_spsa_layers=0)
+    attn_cfg = {'type': 'SpatialPriorAttention', 'attn_impl': kind}
+    return SPViT(arch='spvit-small', img_size=image, attn_cfg=attn_cfg)
+
+
+def build_model(name: str, case: Case):
+    """A whole network: forward, or forward, backward and one AdamW step."""
+    torch.manual_seed(0)
+    net = build_network(name, case).to(case.device)
+    image = case.grid * PATCH
+    images = torch.randn(case.batch, 3, image, image, device=case.device)
+    half = case.dtype == 'bf16'
+    if case.mode == 'infer':
+        net.eval()
+
+        def infer():
+            with (
+                torch.inference_mode(),
+                torch.autocast(case.device, torch.bfloat16, enabled=half),
+            ):
+                net(images)
+
+        return infer
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)
+
+    def step():
+        with torch.autocast(case.device, torch.bfloat16, enabled=half):
+            out = net(images)
+        out = out[-1] if isinstance(out, (tuple, list)) else out
+        F.mse_loss(out.float(), torch.zeros_like(out, dtype=torch.float32)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+BUILD = {'layer': build_layer, 'model': build_model}
+
+
+# --- measuring
+
+
+def clock(run, device: str, timer=time.perf_counter) -> float:
+    """Seconds that ``run`` takes."""
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    start = timer()
+    run()
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    return timer() - start
+
+
+def resident_peak(forget: bool = False) -> float:
+    """Megabytes of memory that this process has held at most.
+
+    On Linux getrusage would count what the parent held before it started this
+    process, so the kernel's own mark is read.
+
+    Args:
+        forget (bool): Set the mark to what is held now, first. Where the system
+            has no such mark, this does nothing. Defaults to False.
+    """
+    status = Path('/proc/self/status')
+    if not status.exists():
+        unit = 2**20 if platform.system() == 'Darwin' else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if forget:
+        Path('/proc/self/clear_refs').write_text('5')
+    line = next(x for x in status.read_text().splitlines() if x.startswith('VmHWM'))
+    return int(line.split()[1]) / 2**10
+
+
+def peak_memory(name: str, case: Case) -> tuple[float, float]:
+    """Megabytes at the peak of one run: in all, and above those before the run."""
+    run = BUILD[case.part](name, case)
+    if case.device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        peak = torch.cuda.max_memory_allocated()
+        return peak / 2**20, (peak - before) / 2**20
+    before = resident_peak(forget=True)
+    run()
+    peak = resident_peak()
+    return peak, peak - before
+
+
+def peak_memory_apart(name: str, case: Case, threads: int) -> tuple[float, float]:
+    """:func:`peak_memory` in a process of its own."""
+    command = [sys.executable, __file__, '--threads', str(threads)]
+    command += ['--memory-of', json.dumps([name, *case])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(
+            f'The process that measures the memory of {name} in {case} failed:\n'
+            f'{done.stderr[-2000:]}'
+        )
+    total, extra = json.loads(done.stdout.splitlines()[-1])
+    return total, extra
+
+
+def measure(case: Case, names: list[str], args) -> list[dict]:
+    """Rows of the table for one case."""
+    runs = {}
+    for name in names:
+        try:
+            run = BUILD[case.part](name, case)
+            run()
+        except (ImportError, ValueError) as error:
+            # A missing benchmark-only package, or a kernel that cannot run here.
+            print(f'  left out: {name}: {str(error).splitlines()[0]}', flush=True)
+            continue
+        runs[name] = run
+    times = {name: [] for name in runs}
+    for repeat in range(args.repeats + 1):
+        for name, run in runs.items():
+            seconds = clock(run, case.device, args.timer)
+            if repeat:  # the first round warms up
+                times[name].append(seconds)
+    floor = times.get(FLOOR[case.part])
+    runs.clear()
+    print(
+        f'\n{case.part} {case.mode}, {case.grid} x {case.grid} tokens, '
+        f'batch {case.batch}, {case.dtype}, {case.device}'
+    )
+    print(f'  {"":18}{"ms":>10}{"ratio":>8}{"peak MB":>10}{"run MB":>9}')
+    rows = []
+    for name, values in times.items():
+        # The ratio of each round, not of two medians: neighbours in time share load.
+        ratios = [a / b for a, b in zip(values, floor, strict=True)] if floor else []
+        peak, extra = float('nan'), float('nan')
+        if args.memory:
+            peak, extra = peak_memory_apart(name, case, args.threads)
+        row = {
+            **case._asdict(),
+            'tokens': case.tokens,
+            'name': name,
+            'ms': 1000 * statistics.median(values),
+            'ratio': statistics.median(ratios) if ratios else float('nan'),
+            'peak_mb': peak,
+            'run_mb': extra,
+        }
+        rows.append(row)
+        print(
+            f'  {name:18}{row["ms"]:10.2f}{row["ratio"]:8.2f}{peak:10.0f}{extra:9.0f}',
+            flush=True,
+        )
+    return rows
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Exponent p of the power law y = c * x^p that fits best in logarithms."""
+    logs = torch.tensor(points, dtype=torch.float64).log()
+    x, y = (logs - logs.mean(0)).T
+    return float((x * y).sum() / (x * x).sum())
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Time and memory against tokens, on logarithmic axes, with fitted slopes."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    kinds = {}
+    for row in rows:
+        kind = (row['part'], row['mode'], row['dtype'], row['batch'])
+        kinds.setdefault(kind, []).append(row)
+    kinds = {k: r for k, r in kinds.items() if len({x['tokens'] for x in r}) > 1}
+    if not kinds:
+        print('No case at two grids: no plot against tokens.')
+        return
+    fields = {'ms': 'time / ms', 'run_mb': 'memory of the run / MB'}
+    figure, axes = plt.subplots(
+        len(kinds), 2, figsize=(12, 4 * len(kinds)), squeeze=False, layout='constrained'
+    )
+    for line, (kind, mine) in zip(axes, kinds.items(), strict=True):
+        for axis, (field, label) in zip(line, fields.items(), strict=True):
+            for name in dict.fromkeys(r['name'] for r in mine):
+                points = [(r['tokens'], r[field]) for r in mine if r['name'] == name]
+                points = sorted(p for p in points if p[1] > 0)  # NaN: not measured
+                if len(points) > 1:
+                    text = f'{name}, slope {slope(points):.2f}'
+                    axis.loglog(*zip(*points, strict=True), marker='o', label=text)
+            axis.set(xlabel='tokens', ylabel=label)
+            axis.set_title('{} {}, {}, batch {}'.format(*kind))
+            if axis.lines:
+                axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f'Wrote {path}')
+
+
+# --- command line
+
+
+def cases_of(args) -> list[Case]:
+    """The cases asked for, small ones first."""
+    cases = []
+    for dtype in args.dtypes:
+        if 'layer' in args.part:
+            for grid in args.grids:
+                for mode in ('infer', 'train'):
+                    cases.append(Case('layer', mode, grid, 1, dtype, args.device))
+        if 'model' in args.part:
+            for text in args.cases:
+                mode, grid, batch = text.split(':')
+                cases.append(
+                    Case('model', mode, int(grid), int(batch), dtype, args.device)
+                )
+    return cases
+
+
+def contestants(case: Case, args) -> list[str]:
+    """Names of the case's part that are wanted and affordable."""
+    names = LAYERS if case.part == 'layer' else MODELS
+    # Flex is slower than eager on the CPU and takes minutes to compile.
+    on_request = case.device == 'cpu' and not args.names
+    skip = {
+        'naive': case.tokens > args.max_naive,
+        'eager': case.tokens > args.max_eager,
+        'spvit-eager': case.tokens > args.max_eager,
+        'flex': on_request,
+        'spvit-flex': on_request,
+        # The same kernel as auto there.
+        'spvit-chunked': on_request,
+    }
+    return [n for n in names if n in (args.names or names) and not skip.get(n)]
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(name, text=None, **kwargs):
+        parser.add_argument(name, help=text, **kwargs)
+
+    add('--part', nargs='+', choices=list(BUILD), default=list(BUILD))
+    grids = [14, 24, 32, 48, 64]
+    add('--grids', 'sides of the layer part', nargs='+', type=int, default=grids)
+    cases = ['infer:14:8', 'infer:32:1', 'train:14:4', 'infer:64:1']
+    text = 'the model part, as mode:side of the grid:batch'
+    add('--cases', text, nargs='+', default=cases)
+    add('--dtypes', nargs='+', choices=list(DTYPES), default=['fp32'])
+    text = 'contestants; by default all that serve on the device'
+    add('--names', text, nargs='+', choices=[*LAYERS, *MODELS])
+    add('--device', choices=['cpu', 'cuda'], default='cpu')
+    add('--threads', type=int, default=torch.get_num_threads())
+    add('--repeats', type=int, default=7)
+    text = 'count CPU time with one thread, for a machine that others use as well'
+    add('--cpu-time', text, action='store_true')
+    text = 'most tokens for the naive formula, which takes a few kB a pair'
+    add('--max-naive', text, type=int, default=1024)
+    add('--max-eager', 'most tokens for eager', type=int, default=2304)
+    add('--no-memory', dest='memory', action='store_false')
+    add('--short', 'a run of under five minutes', action='store_true')
+    add('--out-dir', type=Path, default=Path('work_dirs/speed'))
+    add('--memory-of', argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.timer = time.perf_counter
+    if args.cpu_time:
+        if args.device != 'cpu':
+            parser.error('--cpu-time is for --device cpu')
+        args.timer, args.threads = time.process_time, 1
+    if args.short:
+        args.grids, args.cases = [14, 24, 32], cases[:3]
+    for text in args.cases:
+        mode, *numbers = text.split(':')
+        whole = len(numbers) == 2 and all(x.isdigit() and int(x) for x in numbers)
+        if mode not in ('infer', 'train') or not whole:
+            parser.error(
+                f'--cases takes mode:side:batch, such as infer:14:8, not {text!r}'
+            )
+    if args.repeats < 1 or args.threads < 1 or min(args.grids) < 1:
+        parser.error('--repeats, --threads and --grids take numbers from 1 on')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: torch finds no CUDA device; use --device cpu')
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        name, *case = json.loads(args.memory_of)
+        print(json.dumps(peak_memory(name, Case(*case))))
+        return
+    where = platform.machine()
+    if args.device == 'cuda':
+        where = torch.cuda.get_device_name()
+    print(f'torch {torch.__version__}, {where}, {args.threads} threads')
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for case in cases_of(args):
+        rows += measure(case, contestants(case, args), args)
+        if rows:
+            with open(args.out_dir / 'speed.csv', 'w', newline='') as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+    print(f'\nWrote {args.out_dir / "speed.csv"}')
+    plot(rows, args.out_dir / 'speed.png')
+
+
+if __name__ == '__main__':
+    main()
