@@ -1,7 +1,7 @@
 """Attention products in mmengine's count of operations."""
 
+from collections.abc import Callable
 from math import prod
-from typing import Callable
 
 from mmengine.analysis import complexity_analysis
 from mmengine.analysis.jit_handles import generic_activation_jit, get_shape

@@ -1,13 +1,13 @@
 """The random state of one process, as tensors and plain numbers."""
 
 import random
-from typing import Any, Dict, Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-RandomState = Dict[str, Any]
+RandomState = dict[str, Any]
 
 
 def get_random_state() -> RandomState:

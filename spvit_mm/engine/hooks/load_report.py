@@ -1,5 +1,4 @@
 from dataclasses import dataclass, field
-from typing import List, Tuple
 
 import torch
 from mmengine.hooks import Hook
@@ -11,7 +10,7 @@ from ..errors import UserError
 SHOWN = 10
 
 
-def _listed(names: List[str]) -> str:
+def _listed(names: list[str]) -> str:
     more = f' ... and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
     return ', '.join(names[:SHOWN]) + more
 
@@ -30,10 +29,10 @@ class LoadReport:
     """
 
     total: int
-    loaded: List[str] = field(default_factory=list)
-    missing: List[str] = field(default_factory=list)
-    mismatched: List[Tuple[str, tuple, tuple]] = field(default_factory=list)
-    unexpected: List[str] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:

@@ -1,5 +1,6 @@
+from collections.abc import Callable
 from itertools import islice
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import all_gather_object, get_rank, get_world_size
