@@ -17,7 +17,7 @@ def main(argv: list) -> None:
 
     predictions = args.out is not None and args.out_item != 'metrics'
     metrics = (DumpResults(out_file_path=args.out),) if predictions else ()
-    values = launch.test(cfg, metrics)
+    values = launch.run_test(cfg, metrics)
     if args.out_item == 'metrics' and is_main_process():
         mmengine.dump(values, args.out)
 

@@ -9,7 +9,7 @@ def main(argv: list) -> None:
     launch.add_train_arguments(parser)
     args = parser.parse_args(argv)
     cfg = launch.load_config(args.config, args.cfg_options)
-    launch.train(launch.apply_train_options(cfg, args))
+    launch.run_training(launch.apply_train_options(cfg, args))
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ from typing import Optional
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
 from mmengine.hooks import LoggerHook
 from mmengine.registry import HOOKS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
@@ -28,6 +29,8 @@ from .data_checks import building_data
 from .errors import CorruptImageError, UserError
 
 TRACEBACK = 'SPVIT_MM_TRACEBACK'
+# Where mmengine's AmpOptimWrapper runs.
+SCALING_DEVICES = ('cuda', 'npu', 'mlu', 'musa')
 
 
 # Errors
@@ -213,7 +216,7 @@ def set_dataloader_defaults(cfg: Config, args, names: tuple) -> None:
             loader.persistent_workers = False
         # Segmentation batches hold images of several sizes and are not stacked.
         if scope_of(cfg) == 'mmpretrain':
-            loader.setdefault('collate_fn', dict(type='default_collate'))
+            loader.setdefault('collate_fn', {'type': 'default_collate'})
 
 
 def add_hook(cfg: Config, hook_type: str, **arguments) -> None:
@@ -338,6 +341,28 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _set_precision(wrapper: dict, amp: bool) -> None:
+    """Choose the optimizer wrapper of mixed precision that the machine has."""
+    kind = wrapper.get('type', 'OptimWrapper')
+    if amp and kind == 'OptimWrapper':
+        kind = 'AmpOptimWrapper'
+        wrapper.setdefault('loss_scale', 'dynamic')
+    elif amp and kind not in ('AmpOptimWrapper', 'mmpretrain.BFloat16OptimWrapper'):
+        raise UserError(
+            f'--amp works with OptimWrapper and AmpOptimWrapper, and the config has '
+            f'{kind}. Set optim_wrapper.type in the config.'
+        )
+    if kind == 'AmpOptimWrapper' and get_device() not in SCALING_DEVICES:
+        print(
+            f'Mixed precision on {get_device()}: bfloat16 autocast without loss '
+            'scaling (BFloat16OptimWrapper).'
+        )
+        kind = 'mmpretrain.BFloat16OptimWrapper'
+        wrapper.pop('loss_scale', None)
+        wrapper.pop('dtype', None)
+    wrapper['type'] = kind
+
+
 def apply_train_options(cfg: Config, args) -> Config:
     """Apply the parsed options of training to a config, in place.
 
@@ -348,24 +373,7 @@ def apply_train_options(cfg: Config, args) -> Config:
     apply_common(cfg, args, needed)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    if args.amp:
-        wrapper = cfg.optim_wrapper
-        if wrapper.get('type', 'OptimWrapper') not in (
-            'OptimWrapper',
-            'AmpOptimWrapper',
-            'mmpretrain.BFloat16OptimWrapper',
-        ):
-            raise UserError(
-                f'--amp works with OptimWrapper and AmpOptimWrapper, and the config '
-                f'has {wrapper.type}. Set optim_wrapper.type in the config.'
-            )
-        if torch.cuda.is_available():
-            wrapper.type = 'AmpOptimWrapper'
-            wrapper.setdefault('loss_scale', 'dynamic')
-        else:
-            wrapper.type = 'mmpretrain.BFloat16OptimWrapper'
-            wrapper.pop('loss_scale', None)
-            wrapper.pop('dtype', None)
+    _set_precision(cfg.optim_wrapper, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise UserError(
@@ -383,7 +391,7 @@ def apply_train_options(cfg: Config, args) -> Config:
         check_checkpoint(cfg.load_from)
     set_dataloader_defaults(cfg, args, ('train_dataloader', 'val_dataloader'))
     add_hook(cfg, 'LoadReportHook')
-    corrupt = dict(corrupt_images='skip') if args.skip_corrupt_images else {}
+    corrupt = {'corrupt_images': 'skip'} if args.skip_corrupt_images else {}
     add_hook(cfg, 'DataCheckHook', **corrupt)
     return cfg
 
@@ -459,11 +467,11 @@ def _set_tta(cfg: Config) -> None:
         if scope_of(cfg) != 'mmpretrain':
             raise UserError('--tta needs tta_model and tta_pipeline in the config.')
         *load, pack = cfg.test_dataloader.dataset.pipeline
-        flips = [dict(type='RandomFlip', prob=p) for p in (1.0, 0.0)]
-        cfg.setdefault('tta_model', dict(type='AverageClsScoreTTA'))
+        flips = [{'type': 'RandomFlip', 'prob': p} for p in (1.0, 0.0)]
+        cfg.setdefault('tta_model', {'type': 'AverageClsScoreTTA'})
         cfg.setdefault(
             'tta_pipeline',
-            [*load, dict(type='TestTimeAug', transforms=[flips, [pack]])],
+            [*load, {'type': 'TestTimeAug', 'transforms': [flips, [pack]]}],
         )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     cfg.test_dataloader.dataset.pipeline = deepcopy(cfg.tta_pipeline)
@@ -527,7 +535,7 @@ def show_progress(runner, dataloader) -> None:
             hook.interval = min(hook.interval, max(1, len(dataloader) // 4))
 
 
-def train(cfg: Config) -> Runner:
+def run_training(cfg: Config) -> Runner:
     """Train what a config describes, its data sets checked first.
 
     Returns:
@@ -550,7 +558,7 @@ def train(cfg: Config) -> Runner:
     return runner
 
 
-def test(cfg: Config, metrics: tuple = ()) -> dict:
+def run_test(cfg: Config, metrics: tuple = ()) -> dict:
     """Test what a config describes, its data set checked first.
 
     Args:
