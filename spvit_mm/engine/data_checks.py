@@ -1,5 +1,6 @@
 """Data sets that cannot be trained on, and images that cannot be read."""
 
+import logging
 import os
 import os.path as osp
 from collections import Counter
@@ -208,7 +209,7 @@ class GuardedLoading:
         message = f'The image {path}{size} cannot be read: {reason}.'
         if self.skip:
             self.skipped += 1
-            print_log(f'Left out. {message}', logger='current', level='WARNING')
+            print_log(f'Left out. {message}', logger='current', level=logging.WARNING)
             return None
         raise CorruptImageError(
             f'{message} Replace the file or remove it from the data; training can '

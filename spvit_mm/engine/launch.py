@@ -195,10 +195,24 @@ def apply_common(cfg: Config, args, needed: tuple) -> None:
             '--launcher pytorch needs processes that torch.distributed.run has '
             'started. Use tools/dist_train.sh or tools/dist_test.sh.'
         )
-    if args.launcher != 'none' and not torch.cuda.is_available():
-        # NCCL needs GPUs.
-        env_cfg = cfg.setdefault('env_cfg', ConfigDict())
-        env_cfg.setdefault('dist_cfg', ConfigDict()).backend = 'gloo'
+
+
+def distribute_on_cpu(cfg: Config) -> None:
+    """Let the processes of ``--launcher pytorch`` meet on a machine without GPUs.
+
+    mmengine's launcher takes a CUDA device for every process.
+    """
+    if cfg.get('launcher') != 'pytorch' or get_device() != 'cpu':
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = cfg.get('model_wrapper_cfg') or ConfigDict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    wrapper.device_ids = None
+    cfg.model_wrapper_cfg = wrapper
 
 
 def set_dataloader_defaults(cfg: Config, args, names: tuple) -> None:
@@ -522,6 +536,7 @@ def apply_test_options(cfg: Config, args) -> Config:
 
 def build_runner(cfg: Config) -> Runner:
     """Build the runner of a config; mistakes in it are UserErrors."""
+    distribute_on_cpu(cfg)
     with building(f'The config {cfg.filename} cannot be built'):
         if 'runner_type' in cfg:
             return RUNNERS.build(cfg)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.runner import Runner
 
 import spvit_mm  # noqa: F401
@@ -27,6 +26,8 @@ def run(config: Path, work_dir: Path, resume: Path = None, **options) -> dict:
     cfg = Config.fromfile(config)
     cfg.work_dir = str(work_dir)
     cfg.merge_from_dict(options)
+    # Runners of the same second would share mmengine's global instances.
+    cfg.experiment_name = f'{work_dir.parent.name}_{work_dir.name}'
     if resume is not None:
         cfg.resume, cfg.load_from = True, str(resume)
     runner = Runner.from_cfg(cfg)
@@ -139,6 +140,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.runner import Runner
+from spvit_mm.engine.launch import distribute_on_cpu
 
 torch.set_num_threads(1)
 config, out = sys.argv[1:3]
@@ -146,7 +148,9 @@ cfg = Config.fromfile(config)
 cfg.launcher, cfg.work_dir = 'pytorch', out
 if len(sys.argv) > 3:
     cfg.resume, cfg.load_from = True, sys.argv[3]
+distribute_on_cpu(cfg)
 model = Runner.from_cfg(cfg).train()
+model = getattr(model, 'module', model)
 torch.save(model.state_dict(), f'{out}/rank{get_rank()}.pth')
 """
 
