@@ -459,7 +459,10 @@ def _set_visualization(cfg: Config, args) -> None:
             "default_hooks=dict(visualization=dict(type='VisualizationHook')), or "
             "'SegVisualizationHook' for segmentation."
         )
-    hook_class = hook.type if isinstance(hook.type, type) else HOOKS.get(hook.type)
+    hook_class = hook.type
+    if isinstance(hook_class, str):
+        with HOOKS.switch_scope_and_registry(scope_of(cfg)) as registry:
+            hook_class = registry.get(hook_class)
     if hook_class is None:
         raise UserError(f'The visualization hook {hook.type} is not registered.')
     known = inspect.signature(hook_class).parameters

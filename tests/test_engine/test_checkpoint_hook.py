@@ -21,7 +21,9 @@ def make_runner(config, work_dir, **options) -> Runner:
     cfg = Config.fromfile(config)
     cfg.work_dir = str(work_dir)
     cfg.experiment_name = f'{work_dir.parent.name}_{len(os.listdir(work_dir))}'
-    cfg.merge_from_dict({f'default_hooks.checkpoint.{k}': v for k, v in options.items()})
+    cfg.merge_from_dict(
+        {f'default_hooks.checkpoint.{k}': v for k, v in options.items()}
+    )
     return Runner.from_cfg(cfg)
 
 

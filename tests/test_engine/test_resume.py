@@ -1,7 +1,6 @@
 """A resumed run ends with the weights of the uninterrupted one."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path

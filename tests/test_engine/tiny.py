@@ -78,7 +78,7 @@ def make_images(folder: Path, classes=('a', 'b', 'c'), images: int = 4) -> None:
     rng = np.random.default_rng(0)
     for i, name in enumerate(classes):
         for j in range(images):
-            pixels = rng.integers(80 * i, 80 * i + 60, (20, 24, 3), dtype=np.uint8)
+            pixels = rng.integers(60 * i, 60 * i + 60, (20, 24, 3), dtype=np.uint8)
             mmcv.imwrite(pixels, str(folder / name / f'{j}.png'))
 
 

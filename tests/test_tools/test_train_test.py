@@ -82,9 +82,7 @@ def test_resume(trained, tmp_path, capsys):
     shutil.copytree(work_dir, here)
     (here / 'last_checkpoint').write_text('/gone/epoch_1.pth')
     longer = 'train_cfg.max_epochs=2'
-    command(
-        'train.py', config, '--work-dir', here, '--resume', '--cfg-options', longer
-    )
+    command('train.py', config, '--work-dir', here, '--resume', '--cfg-options', longer)
     assert 'resumed epoch: 1' in capsys.readouterr().out
     assert (here / 'epoch_2.pth').is_file()
 
@@ -96,7 +94,11 @@ def test_train_options(trained, tmp_path, capsys):
         config,
         *('--work-dir', tmp_path, '--amp', '--auto-scale-lr', '--no-validate'),
         *('--no-pin-memory', '--no-persistent-workers'),
-        *('--cfg-options', 'optim_wrapper.optimizer.lr=0.004', f'load_from={work_dir}/epoch_1.pth'),
+        *(
+            '--cfg-options',
+            'optim_wrapper.optimizer.lr=0.004',
+            f'load_from={work_dir}/epoch_1.pth',
+        ),
     )
     out = capsys.readouterr().out
     assert 'BFloat16OptimWrapper' in out
@@ -131,13 +133,29 @@ def test_another_models_checkpoint(trained, tmp_path, capsys):
     checkpoint = work_dir / 'epoch_1.pth'
     wide = 'model.head.num_classes=5'
     line = fails(
-        capsys, 'test.py', config, checkpoint, '--work-dir', tmp_path, '--cfg-options', wide
+        capsys,
+        'test.py',
+        config,
+        checkpoint,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        wide,
     )
-    assert '2 have another shape: head.layers.head.weight (3, 16) there and (5, 16)' in line
+    assert (
+        '2 have another shape: head.layers.head.weight (3, 16) there and (5, 16)'
+        in line
+    )
     assert '--allow-partial' in line
     command(
-        'test.py', config, checkpoint, '--work-dir', tmp_path, '--allow-partial',
-        '--cfg-options', wide,
+        'test.py',
+        config,
+        checkpoint,
+        '--work-dir',
+        tmp_path,
+        '--allow-partial',
+        '--cfg-options',
+        wide,
     )
 
     nothing = tmp_path / 'other.pth'
@@ -145,19 +163,31 @@ def test_another_models_checkpoint(trained, tmp_path, capsys):
     for name, option in (('test.py', nothing), ('train.py', '--cfg-options')):
         more = [f'load_from={nothing}'] if name == 'train.py' else ['--allow-partial']
         line = fails(capsys, name, config, option, *more, '--work-dir', tmp_path)
-        assert '0 of the 35 parameters' in line
+        assert '0 of the 32 parameters' in line
         assert 'unknown to the model: conv.weight' in line
 
     # Fine-tuning with another head is usual, and said in a paragraph.
     command(
-        'train.py', config, '--work-dir', tmp_path / 'fine', '--cfg-options', wide,
+        'train.py',
+        config,
+        '--work-dir',
+        tmp_path / 'fine',
+        '--cfg-options',
+        wide,
         f'load_from={checkpoint}',
     )
     out = capsys.readouterr().out
-    assert '33 of the 35 parameters' in out
+    assert '30 of the 32 parameters' in out
     line = fails(
-        capsys, 'train.py', config, '--work-dir', tmp_path, '--resume', checkpoint,
-        '--cfg-options', wide,
+        capsys,
+        'train.py',
+        config,
+        '--work-dir',
+        tmp_path,
+        '--resume',
+        checkpoint,
+        '--cfg-options',
+        wide,
     )
     assert 'cannot be resumed from a checkpoint of another model' in line
 
@@ -197,7 +227,9 @@ def test_bad_paths(trained, tmp_path, capsys):
 def test_pointer_to_nothing(tmp_path):
     (tmp_path / 'last_checkpoint').write_text('/gone/epoch_7.pth')
     (tmp_path / 'epoch_3.pth').touch()
-    with pytest.raises(launch.UserError, match='epoch_7.pth, which does not exist') as e:
+    with pytest.raises(
+        launch.UserError, match='epoch_7.pth, which does not exist'
+    ) as e:
         launch.find_resume_checkpoint(str(tmp_path))
     assert 'epoch_3.pth; name one with --resume PATH' in str(e.value)
 
@@ -250,7 +282,9 @@ def test_corrupt_image(trained, data, tmp_path, capsys, workers):
     assert '--skip-corrupt-images' in line
     command('train.py', config, '--skip-corrupt-images', *options)
     (log,) = [
-        t for t in (p.read_text() for p in (tmp_path / 'w').glob('*/*.log')) if 'Left' in t
+        t
+        for t in (p.read_text() for p in (tmp_path / 'w').glob('*/*.log'))
+        if 'Left' in t
     ]
     assert 'Left out. The image' in log
     assert 'images that could not be read were left out' in log
