@@ -59,9 +59,7 @@ CASES = {
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_resumed_weights(case, data, tmp_path, monkeypatch):
-    # mmengine waits two seconds at the end of a finite sampler in iteration loops.
-    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda _: None)
+def test_resumed_weights(case, data, tmp_path):
     arguments = CASES[case]
     by_epoch = arguments.get('by_epoch', True)
     length, at, name = (4, 2, 'epoch') if by_epoch else (9, 5, 'iter')
