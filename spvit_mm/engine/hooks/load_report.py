@@ -20,7 +20,7 @@ class LoadReport:
     """What of a checkpoint reached a model.
 
     Attributes:
-        total (int): Parameters and buffers of the model.
+        total (int): Parameters and buffers of the model, counters of batch norm aside.
         loaded (list[str]): Those that received a value.
         missing (list[str]): Those that the checkpoint does not have.
         mismatched (list[tuple]): (name, shape in the checkpoint, shape in the model)
@@ -83,6 +83,8 @@ class _Watch:
             name: value
             for name, value in model.state_dict(keep_vars=True).items()
             if isinstance(value, torch.Tensor)
+            # Batch norm makes up its counter where an old checkpoint has none.
+            and not name.endswith('num_batches_tracked')
         }
         self.versions = {name: t._version for name, t in self.tensors.items()}
         self.handle = model.register_load_state_dict_post_hook(self)
@@ -100,7 +102,7 @@ class _Watch:
                 report.mismatched.append(
                     (name, tuple(self.state_dict[name].shape), tuple(tensor.shape))
                 )
-            elif not name.endswith('num_batches_tracked'):
+            else:
                 report.missing.append(name)
         report.unexpected = list(incompatible_keys.unexpected_keys)
         on_report(report)
