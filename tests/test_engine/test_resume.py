@@ -140,50 +140,52 @@ from mmengine.runner import Runner
 from spvit_mm.engine.launch import distribute_on_cpu
 
 torch.set_num_threads(1)
-config, out = sys.argv[1:3]
-cfg = Config.fromfile(config)
-cfg.launcher, cfg.work_dir = 'pytorch', out
-if len(sys.argv) > 3:
-    cfg.resume, cfg.load_from = True, sys.argv[3]
-distribute_on_cpu(cfg)
-model = Runner.from_cfg(cfg).train()
-model = getattr(model, 'module', model)
-torch.save(model.state_dict(), f'{out}/rank{get_rank()}.pth')
+for job in sys.argv[1:]:
+    config, out, *resume = job.split(',')
+    cfg = Config.fromfile(config)
+    cfg.launcher, cfg.work_dir, cfg.experiment_name = 'pytorch', out, out
+    if resume:
+        cfg.resume, cfg.load_from = True, resume[0]
+    distribute_on_cpu(cfg)
+    model = Runner.from_cfg(cfg).train().module
+    torch.save(model.state_dict(), f'{out}/rank{get_rank()}.pth')
 """
 
 
-@pytest.mark.parametrize('by_epoch', [True, False])
-def test_two_processes(by_epoch, data, tmp_path):
-    length, at, name = (3, 1, 'epoch_1') if by_epoch else (6, 3, 'iter_3')
-    config = write_config(
-        tmp_path / 'c.py',
-        data,
-        by_epoch=by_epoch,
-        length=length,
-        interval=at,
-        workers=0 if by_epoch else 1,
-        seed=None,
-    )
+def test_two_processes(data, tmp_path):
+    """Both loops, resumed in processes of their own."""
     script = tmp_path / 'run.py'
     script.write_text(DISTRIBUTED)
 
-    def launch(*arguments):
+    def launch(*jobs):
+        command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+        jobs = [','.join(map(str, job)) for job in jobs]
         subprocess.run(
-            [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-            + ['--nproc_per_node=2', str(script), str(config), *map(str, arguments)],
+            [sys.executable, *command, str(script), *jobs],
             check=True,
             capture_output=True,
             timeout=300,
             env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
         )
-        out = Path(arguments[0])
-        return [torch.load(out / f'rank{r}.pth') for r in range(2)]
 
-    whole = launch(tmp_path / 'whole')
-    checkpoint = tmp_path / 'whole' / f'{name}.pth'
-    state = torch.load(checkpoint, weights_only=False)['random_state']
-    assert len(state['ranks']) == 2
-    resumed = launch(tmp_path / 'resumed', checkpoint)
-    assert_equal(whole[1], whole[0])
-    assert_equal(resumed[0], whole[0])
-    assert_equal(resumed[1], whole[0])
+    epochs, iters = tmp_path / 'epochs.py', tmp_path / 'iters.py'
+    write_config(epochs, data, length=3, seed=None)
+    write_config(
+        iters, data, by_epoch=False, length=6, interval=3, workers=1, seed=None
+    )
+    cases = {'epochs': (epochs, 'epoch_1.pth'), 'iters': (iters, 'iter_3.pth')}
+    launch(*((config, tmp_path / name) for name, (config, _) in cases.items()))
+    launch(
+        *(
+            (config, tmp_path / f'{name}_resumed', tmp_path / name / checkpoint)
+            for name, (config, checkpoint) in cases.items()
+        )
+    )
+    for name, (_, checkpoint) in cases.items():
+        checkpoint = torch.load(tmp_path / name / checkpoint, weights_only=False)
+        assert len(checkpoint['random_state']['ranks']) == 2
+        expected = torch.load(tmp_path / name / 'rank0.pth')
+        assert_equal(torch.load(tmp_path / name / 'rank1.pth'), expected)
+        for rank in range(2):
+            resumed = tmp_path / f'{name}_resumed' / f'rank{rank}.pth'
+            assert_equal(torch.load(resumed), expected)
