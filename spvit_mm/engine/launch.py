@@ -572,6 +572,10 @@ def run_training(cfg: Config) -> Runner:
             f'{cfg.train_dataloader.get("batch_size")}. Lower the batch size or set '
             'drop_last=False.'
         )
+    # Built inside runner.train(), where a mistake would end in its stack.
+    for part in ('optim_wrapper', 'param_scheduler'):
+        build = building(f'{part} of {cfg.filename} cannot be built')
+        setattr(runner, f'build_{part}', build(getattr(runner, f'build_{part}')))
     runner.train()
     return runner
 

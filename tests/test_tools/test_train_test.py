@@ -217,6 +217,8 @@ def test_bad_paths(trained, tmp_path, capsys):
         (('train.py', config, '--cfg-options', 'model'), 'key=value'),
         (('train.py', config, '--cfg-options', 'model.head.type=Nobody',
           f'work_dir={tmp_path}/w'), 'Nobody is not in'),
+        (('train.py', config, '--cfg-options', 'param_scheduler.begin=9',
+          'param_scheduler.end=5', f'work_dir={tmp_path}/w'), 'param_scheduler of'),
         (('analysis/get_flops.py', config, '--shape', '0'), 'positive'),
     ]  # fmt: skip
     for arguments, words in cases:
