@@ -1,0 +1,26 @@
+from .complexity import attention_flops, register_flop_counter
+from .data_checks import check_dataset, guard_images
+from .errors import CorruptImageError, UserError
+from .hooks import (
+    AtomicCheckpointHook,
+    DataCheckHook,
+    LoadReport,
+    LoadReportHook,
+    RandomStateHook,
+)
+from .optim import BFloat16OptimWrapper
+
+__all__ = [
+    'AtomicCheckpointHook',
+    'BFloat16OptimWrapper',
+    'CorruptImageError',
+    'DataCheckHook',
+    'LoadReport',
+    'LoadReportHook',
+    'RandomStateHook',
+    'UserError',
+    'attention_flops',
+    'check_dataset',
+    'guard_images',
+    'register_flop_counter',
+]

@@ -1,0 +1,12 @@
+from .checkpoint import AtomicCheckpointHook
+from .data_check import DataCheckHook
+from .load_report import LoadReport, LoadReportHook
+from .random_state import RandomStateHook
+
+__all__ = [
+    'AtomicCheckpointHook',
+    'DataCheckHook',
+    'LoadReport',
+    'LoadReportHook',
+    'RandomStateHook',
+]

@@ -1,0 +1,64 @@
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import BaseLoop
+from mmpretrain.registry import HOOKS
+
+from ..data_checks import check_dataset, check_same_classes, guard_images
+
+
+@HOOKS.register_module()
+class DataCheckHook(Hook):
+    """Check the data sets before the first step, and name images that are corrupt.
+
+    Args:
+        corrupt_images (str): ``'error'``: an image that cannot be read ends the run
+            with its file name. ``'skip'``: training draws another image in its
+            place, names the file in the log and counts; validation and testing still
+            end, since their figures would be those of other data.
+            Defaults to 'error'.
+
+    Raises:
+        UserError: For data sets without images, of a single class, with labels that
+            the head does not have, or whose folders number the classes differently.
+    """
+
+    def __init__(self, corrupt_images: str = 'error') -> None:
+        if corrupt_images not in ('error', 'skip'):
+            raise ValueError(
+                f"corrupt_images must be 'error' or 'skip', got {corrupt_images!r}"
+            )
+        self.skip = corrupt_images == 'skip'
+        self._skipped = None
+        self._reported = 0
+
+    def before_run(self, runner) -> None:
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
+        loops = {
+            'training': runner._train_loop,
+            'validation': runner._val_loop,
+            'test': runner._test_loop,
+        }
+        datasets = {
+            split: loop.dataloader.dataset
+            for split, loop in loops.items()
+            if isinstance(loop, BaseLoop)
+        }
+        for split, dataset in datasets.items():
+            check_dataset(dataset, split, num_classes)
+            skipped = guard_images(dataset, self.skip)
+            if split == 'training':
+                self._skipped = skipped
+            elif 'training' in datasets:
+                check_same_classes(datasets['training'], dataset, split)
+
+    def after_train_epoch(self, runner) -> None:
+        count = int(self._skipped) if self._skipped is not None else 0
+        if count > self._reported:
+            runner.logger.warning(
+                f'{count} images that could not be read were left out so far '
+                '(each time that one is drawn counts); they are named above.'
+            )
+            self._reported = count

@@ -1,0 +1,108 @@
+"""The same command lines serve mmsegmentation's configs."""
+
+import json
+
+import mmcv
+import numpy as np
+import pytest
+import torch
+
+from tests.test_tools.test_train_test import command, fails
+
+# With mmcv-lite, mmsegmentation itself cannot be imported.
+pytest.importorskip('mmseg.models')
+
+CONFIG = """
+default_scope = 'mmseg'
+custom_imports = dict(imports=['spvit_mm'])
+data_preprocessor = dict(type='SegDataPreProcessor', size=(32, 32), seg_pad_val=255)
+model = dict(
+    type='EncoderDecoder', data_preprocessor=data_preprocessor,
+    backbone=dict(
+        type='mmpretrain.VisionTransformer', img_size=32, patch_size=8,
+        out_type='featmap', drop_rate=0.1, final_norm=False,
+        arch=dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)),
+    decode_head=dict(
+        type='FCNHead', in_channels=16, in_index=0, channels=8, num_convs=1,
+        num_classes=2, norm_cfg=dict(type='BN'),
+        loss_decode=dict(type='CrossEntropyLoss')),
+    train_cfg=dict(), test_cfg=dict(mode='whole'))
+pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'),
+    dict(type='RandomFlip', prob=0.5), dict(type='PackSegInputs')]
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='TestTimeAug', transforms=[
+        [dict(type='RandomFlip', prob=0.), dict(type='RandomFlip', prob=1.)],
+        [dict(type='LoadAnnotations')], [dict(type='PackSegInputs')]])]
+tta_model = dict(type='SegTTAModel')
+dataset = dict(
+    type='BaseSegDataset', data_root={data!r}, reduce_zero_label=False,
+    metainfo=dict(classes=('dark', 'bright'), palette=[[0, 0, 0], [255, 0, 0]]),
+    data_prefix=dict(img_path='images', seg_map_path='labels'),
+    img_suffix='.png', seg_map_suffix='.png', pipeline=pipeline)
+train_dataloader = dict(
+    batch_size=2, num_workers=0, dataset=dataset,
+    sampler=dict(type='InfiniteSampler', shuffle=True))
+val_dataloader = dict(
+    batch_size=1, num_workers=0, dataset=dict(**dataset, test_mode=True),
+    sampler=dict(type='DefaultSampler', shuffle=False))
+test_dataloader = val_dataloader
+val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+test_evaluator = val_evaluator
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=4, val_interval=2)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
+randomness = dict(seed=0)
+visualizer = dict(
+    type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+default_hooks = dict(
+    checkpoint=dict(
+        type='mmpretrain.AtomicCheckpointHook', by_epoch=False, interval=2),
+    random_state=dict(type='mmpretrain.RandomStateHook'),
+    visualization=dict(type='SegVisualizationHook'))
+"""
+
+
+def test_segmentation(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        label = np.zeros((32, 32), np.uint8)
+        label[:, 8 * i + 4 :] = 1
+        image = rng.integers(0, 50, (32, 32, 3)) + 200 * label[..., None]
+        mmcv.imwrite(image.astype(np.uint8), str(tmp_path / f'data/images/{i}.png'))
+        mmcv.imwrite(label, str(tmp_path / f'data/labels/{i}.png'))
+    config = tmp_path / 'seg.py'
+    config.write_text(CONFIG.format(data=str(tmp_path / 'data')))
+
+    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+    command('train.py', config, '--work-dir', whole)
+    middle = whole / 'iter_2.pth'
+    command('train.py', config, '--work-dir', resumed, '--resume', middle)
+    expected, actual = (
+        torch.load(w / 'iter_4.pth', weights_only=False)['state_dict']
+        for w in (whole, resumed)
+    )
+    assert all(torch.equal(actual[k], expected[k]) for k in expected)
+
+    common = ('test.py', config, whole / 'iter_4.pth', '--work-dir', tmp_path / 'w')
+    out = tmp_path / 'metrics.json'
+    command(
+        *common, '--tta', '--show-dir', tmp_path / 'show', '--out', out,
+        '--out-item', 'metrics',
+    )  # fmt: skip
+    assert 0 <= json.loads(out.read_text())['mIoU'] <= 100
+    assert len(list((tmp_path / 'show').rglob('*.png'))) == 3
+    command(*common, '--out', tmp_path / 'maps')
+    assert len(list((tmp_path / 'maps').glob('*.png'))) == 3
+    command('analysis/get_flops.py', config)
+    assert 'Input shape: (3, 32, 32)' in capsys.readouterr().out
+
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    line = fails(
+        capsys, 'train.py', config, '--work-dir', tmp_path / 'w', '--cfg-options',
+        f'train_dataloader.dataset.data_root={empty}',
+    )  # fmt: skip
+    assert f'{empty}/images does not exist' in line

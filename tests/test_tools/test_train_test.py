@@ -1,0 +1,368 @@
+"""The command lines, run as a user runs them on an ImageNet-like folder."""
+
+import importlib.util
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope
+from mmpretrain.visualization import UniversalVisualizer
+
+from spvit_mm.engine import launch
+from tests.test_engine.tiny import make_data, make_images, write_config
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / 'tools'
+
+
+def command(name: str, *arguments) -> None:
+    """Run a command line in this process; imports are what takes a new one long."""
+    spec = importlib.util.spec_from_file_location('tool', TOOLS / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # Loggers of earlier commands hold output streams that pytest has closed.
+    for manager in (MMLogger, MessageHub, DefaultScope, UniversalVisualizer):
+        manager._instance_dict.clear()
+    launch.run_cli(module.main, Path(name).name, [str(a) for a in arguments])
+
+
+def fails(capsys, name: str, *arguments) -> str:
+    """Run a command line that must end in one message and code 2; the message."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        command(name, *arguments)
+    assert error.value.code == 2
+    text = capsys.readouterr().err
+    assert 'Traceback' not in text
+    (line,) = [x for x in text.splitlines() if ': error: ' in x]
+    return line
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='module')
+def trained(data, tmp_path_factory):
+    """(config, work dir) of a run of one epoch by subprocess, in the default dir."""
+    home = tmp_path_factory.mktemp('home')
+    config = write_config(home / 'tiny.py', data, length=1)
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    done = subprocess.run(
+        [sys.executable, str(TOOLS / 'train.py'), 'tiny.py'],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'eta:' in done.stdout + done.stderr
+    return config, home / 'work_dirs' / 'tiny'
+
+
+def test_default_work_dir(trained):
+    _, work_dir = trained
+    assert (work_dir / 'epoch_1.pth').is_file()
+    assert (work_dir / 'tiny.py').is_file()
+
+
+def test_resume(trained, tmp_path, capsys):
+    config, work_dir = trained
+    here = tmp_path / 'work'
+    # A moved work dir: last_checkpoint names the old place.
+    shutil.copytree(work_dir, here)
+    (here / 'last_checkpoint').write_text('/gone/epoch_1.pth')
+    longer = 'train_cfg.max_epochs=2'
+    command('train.py', config, '--work-dir', here, '--resume', '--cfg-options', longer)
+    assert 'resumed epoch: 1' in capsys.readouterr().out
+    assert (here / 'epoch_2.pth').is_file()
+
+
+def test_train_options(trained, tmp_path, capsys):
+    config, work_dir = trained
+    command(
+        'train.py',
+        config,
+        *('--work-dir', tmp_path, '--amp', '--auto-scale-lr', '--no-validate'),
+        *('--no-pin-memory', '--no-persistent-workers'),
+        *(
+            '--cfg-options',
+            'optim_wrapper.optimizer.lr=0.004',
+            f'load_from={work_dir}/epoch_1.pth',
+        ),
+    )
+    out = capsys.readouterr().out
+    assert 'BFloat16OptimWrapper' in out
+    assert 'Epoch(val)' not in out
+    checkpoint = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
+    # Batches of 4, base batch size 8.
+    assert checkpoint['optimizer']['param_groups'][0]['initial_lr'] == 0.002
+
+
+def test_test_outputs(trained, tmp_path):
+    config, work_dir = trained
+    checkpoint = work_dir / 'epoch_1.pth'
+    common = ('test.py', config, checkpoint, '--work-dir', tmp_path / 'w')
+    command(*common, '--out', tmp_path / 'p.pkl', '--show-dir', tmp_path / 'pictures')
+    with open(tmp_path / 'p.pkl', 'rb') as file:
+        predictions = pickle.load(file)
+    assert len(predictions) == 6
+    assert predictions[0]['pred_score'].shape == (3,)
+    assert len(list((tmp_path / 'pictures').glob('*.png'))) == 2  # names repeat
+
+    metrics = {}
+    for name in ('plain', 'tta', 'amp'):
+        out = tmp_path / f'{name}.json'
+        option = [] if name == 'plain' else [f'--{name}']
+        command(*common, '--out', out, '--out-item', 'metrics', *option)
+        metrics[name] = json.loads(out.read_text())
+    assert all(0 <= m['accuracy/top1'] <= 100 for m in metrics.values())
+
+
+def test_another_models_checkpoint(trained, tmp_path, capsys):
+    config, work_dir = trained
+    checkpoint = work_dir / 'epoch_1.pth'
+    wide = 'model.head.num_classes=5'
+    line = fails(
+        capsys,
+        'test.py',
+        config,
+        checkpoint,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        wide,
+    )
+    assert (
+        '2 have another shape: head.layers.head.weight (3, 16) there and (5, 16)'
+        in line
+    )
+    assert '--allow-partial' in line
+    command(
+        'test.py',
+        config,
+        checkpoint,
+        '--work-dir',
+        tmp_path,
+        '--allow-partial',
+        '--cfg-options',
+        wide,
+    )
+
+    nothing = tmp_path / 'other.pth'
+    torch.save({'state_dict': {'conv.weight': torch.zeros(3)}}, nothing)
+    for name, option in (('test.py', nothing), ('train.py', '--cfg-options')):
+        more = [f'load_from={nothing}'] if name == 'train.py' else ['--allow-partial']
+        line = fails(capsys, name, config, option, *more, '--work-dir', tmp_path)
+        assert '0 of the 32 parameters' in line
+        assert 'unknown to the model: conv.weight' in line
+
+    # Fine-tuning with another head is usual, and said in a paragraph.
+    command(
+        'train.py',
+        config,
+        '--work-dir',
+        tmp_path / 'fine',
+        '--cfg-options',
+        wide,
+        f'load_from={checkpoint}',
+    )
+    out = capsys.readouterr().out
+    assert '30 of the 32 parameters' in out
+    line = fails(
+        capsys,
+        'train.py',
+        config,
+        '--work-dir',
+        tmp_path,
+        '--resume',
+        checkpoint,
+        '--cfg-options',
+        wide,
+    )
+    assert 'cannot be resumed from a checkpoint of another model' in line
+
+
+def test_bad_paths(trained, tmp_path, capsys):
+    config, work_dir = trained
+    half = tmp_path / 'half.pth'
+    whole = (work_dir / 'epoch_1.pth').read_bytes()
+    half.write_bytes(whole[: len(whole) // 2])
+    broken = tmp_path / 'broken.py'
+    broken.write_text('model = dict(')
+    empty = tmp_path / 'empty.py'
+    empty.write_text("default_scope = 'mmpretrain'")
+    cases = [
+        (('train.py', tmp_path / 'none.py'), 'none.py does not exist'),
+        (('train.py', tmp_path), 'is a folder. Give a config file'),
+        (('train.py', broken), 'cannot be read'),
+        (('train.py', empty), 'lacks model, train_dataloader'),
+        (('test.py', config, tmp_path / 'none.pth'), 'none.pth does not exist'),
+        (('test.py', config, work_dir), 'Give a file: '),
+        (('test.py', config, half), 'only a part of one'),
+        (('test.py', config, work_dir / 'epoch_1.pth', '--out', 'x.txt'), '.pkl'),
+        (('test.py', config, work_dir / 'epoch_1.pth', '--out-item', 'pred'), '--out'),
+        (('train.py', config, '--work-dir', tmp_path, '--resume'), 'nothing to resume'),
+        (('train.py', config, '--resume', half), 'only a part of one'),
+        (('train.py', config, '--launcher', 'pytorch'), 'dist_train.sh'),
+        (('train.py', config, '--cfg-options', 'model'), 'key=value'),
+        (('train.py', config, '--cfg-options', 'model.head.type=Nobody',
+          f'work_dir={tmp_path}/w'), 'Nobody is not in'),
+        (('train.py', config, '--cfg-options', 'param_scheduler.begin=9',
+          'param_scheduler.end=5', f'work_dir={tmp_path}/w'), 'param_scheduler of'),
+        (('analysis/get_flops.py', config, '--shape', '0'), 'positive'),
+    ]  # fmt: skip
+    for arguments, words in cases:
+        assert words in fails(capsys, *arguments), arguments
+    assert not (tmp_path / 'w').exists() or not list((tmp_path / 'w').glob('*.pth'))
+
+
+def test_pointer_to_nothing(tmp_path):
+    (tmp_path / 'last_checkpoint').write_text('/gone/epoch_7.pth')
+    (tmp_path / 'epoch_3.pth').touch()
+    with pytest.raises(
+        launch.UserError, match='epoch_7.pth, which does not exist'
+    ) as e:
+        launch.find_resume_checkpoint(str(tmp_path))
+    assert 'epoch_3.pth; name one with --resume PATH' in str(e.value)
+
+
+def test_bad_data(trained, data, tmp_path, capsys):
+    config, _ = trained
+
+    def message(folder, *more):
+        prefix = f'train_dataloader.dataset.data_prefix={folder}'
+        return fails(
+            capsys, 'train.py', config, '--work-dir', tmp_path / 'w', *more,
+            '--cfg-options', prefix,
+        )  # fmt: skip
+
+    empty = tmp_path / 'empty'
+    empty.mkdir()
+    line = message(empty)
+    assert f'{empty} holds 0 sub-folders and, in all of them, no files' in line
+    assert 'one sub-folder a class' in line
+    assert 'does not exist' in message(tmp_path / 'nowhere')
+
+    make_images(tmp_path / 'one', classes=['a'])
+    line = message(tmp_path / 'one')
+    assert 'of one class' in line
+    assert 'holds 1 sub-folders (a)' in line
+
+    make_images(tmp_path / 'four', classes='abcd', images=1)
+    line = message(tmp_path / 'four')
+    assert 'labels up to 3' in line
+    assert 'head of the model tells 3 classes apart' in line
+    make_images(tmp_path / 'renamed', classes='abd', images=1)
+    line = message(tmp_path / 'renamed')
+    assert "only in training: ['d']; only in validation: ['c']" in line
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_corrupt_image(trained, data, tmp_path, capsys, workers):
+    config, work_dir = trained
+    shutil.copytree(data / 'train', tmp_path / 'train')
+    for name in ('a/0.png', 'b/1.png'):
+        (tmp_path / 'train' / name).write_bytes(b'' if name[0] == 'a' else b'no image')
+    options = (
+        *('--work-dir', tmp_path / 'w', '--cfg-options'),
+        f'train_dataloader.dataset.data_prefix={tmp_path}/train',
+        f'train_dataloader.num_workers={workers}',
+    )
+    line = fails(capsys, 'train.py', config, *options)
+    assert 'The image ' in line
+    assert 'a/0.png (0 bytes)' in line or 'b/1.png (8 bytes)' in line
+    assert '--skip-corrupt-images' in line
+    command('train.py', config, '--skip-corrupt-images', *options)
+    (log,) = [
+        t
+        for t in (p.read_text() for p in (tmp_path / 'w').glob('*/*.log'))
+        if 'Left' in t
+    ]
+    assert 'Left out. The image' in log
+    assert 'images that could not be read were left out' in log
+
+    # In testing nothing is left out: the figures would be those of other data.
+    line = fails(
+        capsys, 'test.py', config, work_dir / 'epoch_1.pth', '--work-dir', tmp_path,
+        '--cfg-options', f'test_dataloader.dataset.data_prefix={tmp_path}/train',
+        f'test_dataloader.num_workers={workers}',
+    )  # fmt: skip
+    assert 'a/0.png (0 bytes)' in line
+
+
+def test_get_flops(trained, capsys):
+    config, _ = trained
+    command('analysis/get_flops.py', config)
+    small = capsys.readouterr().out
+    command('analysis/get_flops.py', config, '--shape', '32')
+    large = capsys.readouterr().out
+    assert 'Input shape: (3, 16, 16)' in small
+    assert 'Input shape: (3, 32, 32)' in large
+    # Patch embedding, per layer qkv, projection, two products and two feedforward
+    # layers, the head, and mmengine's 5 a norm element: for 5 tokens of width 16.
+    n, c = 5, 16
+    layer = n * c * 3 * c + n * c * c + 2 * n * n * c + 2 * n * c * 32 + 2 * 5 * n * c
+    total = 4 * c * 3 * 64 + 2 * layer + 5 * n * c + c * 3
+    assert f'({total:,})' in small
+
+
+def test_scripts(trained, data, tmp_path):
+    """The distributed scripts pass their arguments on as they came."""
+    config, work_dir = trained
+    environment = dict(
+        os.environ,
+        PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+        OMP_NUM_THREADS='1',
+        PORT='29567',
+    )
+    spaced = tmp_path / 'a b'
+    spaced.mkdir()
+    shutil.copy(config, spaced / 'tiny.py')
+    done = subprocess.run(
+        [str(TOOLS / 'dist_test.sh'), str(spaced / 'tiny.py')]
+        + [str(work_dir / 'epoch_1.pth'), '2', '--work-dir', str(spaced / 'w')]
+        + ['--out', str(spaced / 'm.json'), '--out-item', 'metrics'],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'accuracy/top1' in json.loads((spaced / 'm.json').read_text())
+
+    # srun here is a script that prints what it is called with.
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    environment.update(
+        PATH=f'{tmp_path}:{environment["PATH"]}', SRUN_ARGS='--time=1:00 --mem=2G'
+    )
+    for script, last in (('slurm_train.sh', 'work dir'), ('slurm_test.sh', 'c.pth')):
+        done = subprocess.run(
+            [str(TOOLS / script), 'part', 'my job', str(spaced / 'tiny.py'), last]
+            + ['--cfg-options', 'a="b c"'],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert '--job-name=my job' in lines
+        assert '--mem=2G' in lines
+        assert str(spaced / 'tiny.py') in lines
+        assert last in lines
+        assert lines[-1] == 'a="b c"'
+    for script in TOOLS.glob('*.sh'):
+        done = subprocess.run([str(script)], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert 'Usage' in done.stderr
