@@ -7,6 +7,7 @@ from .hooks import (
     LoadReport,
     LoadReportHook,
     RandomStateHook,
+    load_whole_checkpoint,
 )
 from .optim import BFloat16OptimWrapper
 
@@ -22,5 +23,6 @@ __all__ = [
     'attention_flops',
     'check_dataset',
     'guard_images',
+    'load_whole_checkpoint',
     'register_flop_counter',
 ]

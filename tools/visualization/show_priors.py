@@ -4,9 +4,8 @@
 import os.path as osp
 
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
 
-from spvit_mm.engine import UserError, launch
+from spvit_mm.engine import UserError, launch, load_whole_checkpoint
 from spvit_mm.explain import collect_priors, draw_priors
 
 
@@ -34,7 +33,7 @@ def main(argv: list) -> None:
     with launch.building(f'The model of {args.config} cannot be built'):
         model = MODELS.build(cfg.model)
     with launch.building(f'{args.checkpoint} cannot be loaded'):
-        load_checkpoint(model, args.checkpoint, map_location='cpu')
+        load_whole_checkpoint(model, args.checkpoint)
     with launch.building('No picture'):
         maps = collect_priors(model, args.grid)
     out = args.out or osp.join(osp.dirname(args.checkpoint), 'priors.png')

@@ -1,6 +1,6 @@
 from .checkpoint import AtomicCheckpointHook
 from .data_check import DataCheckHook
-from .load_report import LoadReport, LoadReportHook
+from .load_report import LoadReport, LoadReportHook, load_whole_checkpoint
 from .random_state import RandomStateHook
 
 __all__ = [
@@ -9,4 +9,5 @@ __all__ = [
     'LoadReport',
     'LoadReportHook',
     'RandomStateHook',
+    'load_whole_checkpoint',
 ]

@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from mmpretrain.registry import HOOKS
 
 from ..errors import UserError
@@ -106,6 +107,33 @@ class _Watch:
                 report.missing.append(name)
         report.unexpected = list(incompatible_keys.unexpected_keys)
         on_report(report)
+
+
+def load_whole_checkpoint(model, path: str) -> dict:
+    """Load a checkpoint that must fit a model in every name and shape.
+
+    For tools that look into a model without a runner.
+
+    Args:
+        model (nn.Module): The model, filled in place.
+        path (str): Path or address of the checkpoint.
+
+    Returns:
+        dict: The checkpoint.
+
+    Raises:
+        UserError: If it fits only in part, or not at all; with the report.
+    """
+    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    state_dict = checkpoint.get('state_dict', checkpoint)
+    state_dict = {name.removeprefix('module.'): v for name, v in state_dict.items()}
+    reports = []
+    watch = _Watch(model, state_dict, reports.append)
+    load_state_dict(model, state_dict, strict=False, logger='silent')
+    watch.handle.remove()
+    if not reports[0].complete:
+        raise UserError(f'{path} is not a checkpoint of this model. {reports[0]}')
+    return checkpoint
 
 
 @HOOKS.register_module()
