@@ -33,7 +33,7 @@ quickstart: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/quickstart.sh
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
