@@ -10,8 +10,11 @@ import json
 import os
 import os.path as osp
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from PIL import Image
@@ -45,6 +48,7 @@ def train(name, data_root, work_dir, seed, epochs=None):
     cfg.experiment_name = f'{name}_seed{seed}_{time.time_ns()}'
     cfg.randomness = dict(seed=seed)
     cfg.log_level = 'WARNING'
+    cfg.env_cfg.mp_cfg.mp_start_method = 'spawn'
     dataset = cfg.train_dataloader.dataset
     if 'label_root' in dataset:
         dataset.label_root = osp.join(data_root, 'token_labels')
@@ -61,13 +65,28 @@ def train(name, data_root, work_dir, seed, epochs=None):
     return runner.model, float(top1)
 
 
+def train_student(*args):
+    """Top-1 of a run in a process of its own."""
+    torch.set_num_threads(1)
+    return train(*args)[1]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--work-dir', default='work_dirs/digits_token_labeling')
     parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--epochs', type=int, default=None, help="the students'")
-    parser.add_argument('--teacher-epochs', type=int, default=None)
+    parser.add_argument(
+        '--epochs', type=int, default=20, help="the students' (default: %(default)s)"
+    )
+    parser.add_argument(
+        '--teacher-epochs', type=int, default=10, help='(default: %(default)s)'
+    )
+    parser.add_argument(
+        '--jobs', type=int, default=2, help='students at a time (default: %(default)s)'
+    )
     args = parser.parse_args()
+    if min(args.epochs, args.teacher_epochs) < 4:
+        parser.error('the learning rate warms up for 3 epochs: give 4 or more')
 
     start = time.time()
     # One folder a run, so that nothing of an earlier run is taken or lost.
@@ -94,13 +113,20 @@ def main():
         flush=True,
     )
 
+    jobs = [(name, seed) for seed in range(args.seeds) for name in STUDENTS]
     results = {name: [] for name in STUDENTS}
-    for seed in range(args.seeds):
-        for name, config in STUDENTS.items():
-            _, top1 = train(config, data_root, work_dir, seed, epochs=args.epochs)
-            results[name].append(top1)
+    # One thread a process: the tensors are too small to share among threads.
+    with ProcessPoolExecutor(args.jobs, get_context('spawn')) as pool:
+        futures = [
+            pool.submit(
+                train_student, STUDENTS[name], data_root, work_dir, seed, args.epochs
+            )
+            for name, seed in jobs
+        ]
+        for (name, seed), future in zip(jobs, futures):
+            results[name].append(future.result())
             print(
-                f'seed {seed}, {name} token labeling: top-1 {top1:.2f} % '
+                f'seed {seed}, {name} token labeling: top-1 {results[name][-1]:.2f} % '
                 f'({time.time() - start:.0f} s)',
                 flush=True,
             )

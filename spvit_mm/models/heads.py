@@ -65,7 +65,7 @@ def crop_label_maps(label_maps, views, num_classes, hw):
             f'has num_classes={num_classes}. Set it to the number of classes of the '
             'teacher that made the maps.'
         )
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = _at_least_float32(scores)
     dense = scores.new_zeros(batch, num_classes, height, width).scatter_(1, ids, scores)
 
     left, top, right, bottom = views.to(scores).unbind(1)
@@ -109,7 +109,8 @@ def token_label_targets(label_maps, views, num_classes, hw, smoothing=0.1):
     # One pass, unless some maps are stand-ins for images that have none.
     for shape in sorted(set(shapes)):
         index = [i for i, other in enumerate(shapes) if other == shape]
-        maps = torch.stack([label_maps[i] for i in index])
+        # (torch.stack refuses halves under the CPU's autocast.)
+        maps = torch.stack([_at_least_float32(label_maps[i]) for i in index])
         index = torch.tensor(index, device=views.device)
         cls_part = crop_label_maps(maps, views[index], num_classes, (1, 1))
         cls_part = cls_part.flatten(1) * on + off
