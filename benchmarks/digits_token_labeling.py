@@ -24,10 +24,10 @@ from spvit_mm.datasets.digits import load_digits_arrays, split_indices
 from spvit_mm.datasets.teacher import generate_token_labels
 
 CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), 'configs')
-TEACHER = 'resnet-mini_1xb64-15e_digits'
+TEACHER = 'resnet-mini_1xb64-10e_digits'
 STUDENTS = {
-    'without': 'spvit-mini_1xb64-30e_digits',
-    'with': 'spvit-mini_1xb64-tokenlabel-30e_digits',
+    'without': 'spvit-mini_1xb64-20e_digits',
+    'with': 'spvit-mini_1xb64-tokenlabel-20e_digits',
 }
 
 
@@ -75,17 +75,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--work-dir', default='work_dirs/digits_token_labeling')
     parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument(
-        '--epochs', type=int, default=20, help="the students' (default: %(default)s)"
-    )
-    parser.add_argument(
-        '--teacher-epochs', type=int, default=10, help='(default: %(default)s)'
-    )
+    parser.add_argument('--epochs', type=int, help="instead of the configs'")
+    parser.add_argument('--teacher-epochs', type=int, help="instead of the config's")
     parser.add_argument(
         '--jobs', type=int, default=2, help='students at a time (default: %(default)s)'
     )
     args = parser.parse_args()
-    if min(args.epochs, args.teacher_epochs) < 4:
+    if any(n is not None and n < 4 for n in (args.epochs, args.teacher_epochs)):
         parser.error('the learning rate warms up for 3 epochs: give 4 or more')
 
     start = time.time()
@@ -123,7 +119,7 @@ def main():
             )
             for name, seed in jobs
         ]
-        for (name, seed), future in zip(jobs, futures):
+        for (name, seed), future in zip(jobs, futures, strict=True):
             results[name].append(future.result())
             print(
                 f'seed {seed}, {name} token labeling: top-1 {results[name][-1]:.2f} % '

@@ -9,15 +9,12 @@ model = dict(
         cls_token_layer=0,
         # True: only the spatial priors and the head learn.
         freeze_all_but_priors=False,
-        init_cfg=dict(
-            type='Pretrained',
-            # mmpretrain's own checkpoint of DeiT-S; one converted by
-            # tools/model_converters/convert.py works as well.
-            checkpoint='checkpoints/deit-small_in1k.pth',
-            prefix='backbone.',
-        ),
     ),
 )
+
+# mmpretrain's own checkpoint of DeiT-S, or one that was converted by
+# tools/model_converters/convert.py. The head, of other classes, starts anew.
+load_from = 'checkpoints/deit-small_in1k.pth'
 
 optim_wrapper = dict(
     constructor='LearningRateDecayOptimWrapperConstructor',

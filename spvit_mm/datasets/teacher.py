@@ -284,7 +284,7 @@ def draw_preview(image_paths, map_paths, path, classes=None):
     figure = Figure(figsize=(8, 2.6 * len(image_paths)), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(image_paths), 3, squeeze=False)
-    for row, image_path, map_path in zip(axes, image_paths, map_paths):
+    for row, image_path, map_path in zip(axes, image_paths, map_paths, strict=True):
         image = Image.open(image_path).convert('RGB')
         width, height = image.size
         extent = (0, width, height, 0)

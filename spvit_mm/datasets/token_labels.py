@@ -325,7 +325,7 @@ class TokenLabelDataset(BaseDataset):
                 'a folder and read them with CustomDataset.'
             )
         names = label_map_names((info['img_path'] for info in infos), source.img_prefix)
-        for info, name in zip(infos, names):
+        for info, name in zip(infos, names, strict=True):
             info['token_label_path'] = name
         self._check_maker()
         self._check_maps(names)
@@ -406,7 +406,7 @@ class TokenLabelDataset(BaseDataset):
         shapes = [shape for _, shape in results if shape is not None]
         usual = max(set(shapes), key=shapes.count) if shapes else None
         faults = []
-        for name, (fault, shape) in zip(names, results):
+        for name, (fault, shape) in zip(names, results, strict=True):
             if fault is None and shape != usual:
                 fault = (
                     f'{osp.join(self.label_root, name)}: shape {shape}, where most '

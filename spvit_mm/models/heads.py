@@ -292,7 +292,12 @@ class TokenLabelClsHead(VisionTransformerClsHead):
         if self.cal_acc:
             label = torch.cat([sample.gt_label for sample in data_samples])
             accuracy = Accuracy.calculate(cls_score, label, topk=self.topk)
-            losses.update({f'accuracy_top-{k}': a for k, a in zip(self.topk, accuracy)})
+            losses.update(
+                {
+                    f'accuracy_top-{k}': a
+                    for k, a in zip(self.topk, accuracy, strict=True)
+                }
+            )
         return losses
 
     def _targets(self, data_samples, hw, shape, like):

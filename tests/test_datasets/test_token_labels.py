@@ -72,13 +72,15 @@ def test_batches(folder, num_workers):
         dataset, batch_size=9, num_workers=num_workers, collate_fn=pseudo_collate
     )
     batch = next(iter(loader))
-    for i, (image, sample) in enumerate(zip(batch['inputs'], batch['data_samples'])):
+    for i, (image, sample) in enumerate(
+        zip(batch['inputs'], batch['data_samples'], strict=True)
+    ):
         assert image.shape == (3, 16, 24)
         assert sample.gt_label.item() == i // 3
         assert sample.num_classes == 3
         assert torch.equal(sample.token_label, a_map(seed=i % 3).half())
         assert sample.token_label_view.dtype == torch.float32
-        assert ((0 <= sample.token_label_view) & (sample.token_label_view <= 1)).all()
+        assert ((sample.token_label_view >= 0) & (sample.token_label_view <= 1)).all()
 
 
 def test_imagenet_with_an_annotation_file(folder):
@@ -228,10 +230,7 @@ def break_map(path, how):
     return 'torch.int64'
 
 
-FAULTS = (
-    'missing truncated empty html code dict shape grid integers nan negative '
-    'fraction'
-).split() + ['class id', 'nan id']  # fmt: skip
+FAULTS = ['missing', 'truncated', 'empty', 'html', 'code', 'dict', 'shape', 'grid', 'integers', 'nan', 'negative', 'fraction'] + ['class id', 'nan id']  # fmt: skip
 
 
 @pytest.mark.parametrize('how', FAULTS)

@@ -126,7 +126,7 @@ def test_predictions():
         scores = model.head.layers.head(raw[:, 0]) + 0.5 * aux.max(dim=1)[0]
         predicted = model.predict(images, samples)
         assert torch.equal(model(images), scores)
-    for sample, row in zip(predicted, scores):
+    for sample, row in zip(predicted, scores, strict=True):
         torch.testing.assert_close(sample.pred_score, row.softmax(0))
     # A backbone at another size than in training.
     assert model(torch.randn(2, 3, 40, 24)).shape == (2, 5)

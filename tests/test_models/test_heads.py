@@ -167,13 +167,13 @@ def test_loss_equals_the_definition(mixed):
     dense = torch.stack(
         [
             naive_crop(m.double(), v, 7, (2, 3)).flatten(1).T * on + off
-            for m, v in zip(maps, VIEWS)
+            for m, v in zip(maps, VIEWS, strict=True)
         ]
     )
     cls = torch.stack(
         [
             naive_crop(m.double(), v, 7, (1, 1)).flatten() * on + off
-            for m, v in zip(maps, VIEWS)
+            for m, v in zip(maps, VIEWS, strict=True)
         ]
     )
     scores = feats[0][:, 1:] @ head.aux_head.weight.T + head.aux_head.bias

@@ -50,7 +50,9 @@ def main():
     sum(losses.values()).backward()
     for name, value in losses.items():
         torch.testing.assert_close(mean_over_ranks(value), expected[name])
-    for (name, param), other in zip(split.named_parameters(), joined.parameters()):
+    for (name, param), other in zip(
+        split.named_parameters(), joined.parameters(), strict=True
+    ):
         torch.testing.assert_close(
             param.grad, other.grad, rtol=1e-4, atol=1e-5, msg=f'gradient of {name}'
         )

@@ -1,7 +1,7 @@
 # The student of the digits without label maps: the yardstick of token labeling.
 _base_ = [
     '../_base_/datasets/digits_folder_bs64_24.py',
-    '../_base_/schedules/digits_30e.py',
+    '../_base_/schedules/digits_50e.py',
     '../_base_/default_runtime.py',
 ]
 
@@ -19,6 +19,7 @@ model = dict(
     mix_token_alpha=0,
 )
 
+train_cfg = dict(max_epochs=20)
 default_hooks = dict(
     logger=dict(interval=20), checkpoint=dict(interval=5, max_keep_ckpts=1)
 )

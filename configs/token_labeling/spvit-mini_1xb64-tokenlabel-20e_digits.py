@@ -1,6 +1,6 @@
 # Token labeling and MixToken on the digits, with the label maps of the teacher of
-# resnet-mini_1xb64-15e_digits.py. `make demo-tokenlabel` runs it all.
-_base_ = './spvit-mini_1xb64-30e_digits.py'
+# resnet-mini_1xb64-10e_digits.py. `make demo-tokenlabel` runs it all.
+_base_ = './spvit-mini_1xb64-20e_digits.py'
 
 model = dict(
     backbone=dict(out_type='raw'),
