@@ -1,5 +1,18 @@
 """Data sets that need no download, and the transforms of our recipes."""
 
 from .digits import Digits
+from .token_label_transforms import (
+    PackTokenLabelInputs,
+    TokenLabelRandomFlip,
+    TokenLabelRandomResizedCrop,
+)
+from .token_labels import LabelMapError, TokenLabelDataset
 
-__all__ = ['Digits']
+__all__ = [
+    'Digits',
+    'LabelMapError',
+    'PackTokenLabelInputs',
+    'TokenLabelDataset',
+    'TokenLabelRandomFlip',
+    'TokenLabelRandomResizedCrop',
+]

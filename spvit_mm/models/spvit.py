@@ -180,6 +180,10 @@ class SPViT(VisionTransformer):
         with_cls_token (bool): Defaults to True.
         frozen_stages (int): Freeze stem and this many layers (they stay in
             eval mode, too). Defaults to -1: nothing.
+        freeze_all_but_priors (bool): Let nothing of the backbone learn but its
+            spatial priors; the rest stays in eval mode. With a head, these are
+            a few thousand parameters to fit a pretrained model to new images.
+            Defaults to False.
         final_norm (bool): Defaults to True.
         qkv_bias (bool, optional): Defaults to None (the arch's, else True).
         norm_cfg (dict, optional): Defaults to None (the arch's, else
@@ -236,6 +240,7 @@ class SPViT(VisionTransformer):
         out_type='cls_token',
         with_cls_token=True,
         frozen_stages=-1,
+        freeze_all_but_priors=False,
         final_norm=True,
         qkv_bias=None,
         norm_cfg=None,
@@ -326,6 +331,19 @@ class SPViT(VisionTransformer):
                 f'layers), got {frozen_stages}.'
             )
         self.frozen_stages = frozen_stages
+        self.freeze_all_but_priors = freeze_all_but_priors
+        if freeze_all_but_priors:
+            if not any(isinstance(m, SpatialPrior) for m in self.modules()):
+                raise ValueError(
+                    '`freeze_all_but_priors` would freeze everything: the backbone '
+                    'has no spatial prior. Set `num_spsa_layers` to 1 or more.'
+                )
+            if frozen_stages > 0:
+                raise ValueError(
+                    '`freeze_all_but_priors` and `frozen_stages` exclude each other, '
+                    f'got frozen_stages={frozen_stages}. Leave it at -1.'
+                )
+            self._freeze_all_but_priors()
         if self.frozen_stages > 0:
             self._freeze_stages()
 
@@ -529,7 +547,21 @@ class SPViT(VisionTransformer):
         super().train(mode)
         if mode and self.frozen_stages > 0:
             self._freeze_stages()
+        if mode and self.freeze_all_but_priors:
+            self._freeze_all_but_priors()
         return self
+
+    def _freeze_all_but_priors(self):
+        priors = [m for m in self.modules() if isinstance(m, SpatialPrior)]
+        learning = {id(param) for prior in priors for param in prior.parameters()}
+        for param in self.parameters():
+            param.requires_grad = param.requires_grad and id(param) in learning
+        for module in self.modules():
+            module.training = False
+        for prior in priors:
+            prior.train()
+        # Of the backbone itself: gradient checkpointing asks for it.
+        self.training = True
 
     def _freeze_stages(self):
         super()._freeze_stages()

@@ -576,3 +576,40 @@ def test_model_with_deits_init_cfg_starts_neutral(mmpretrain_scope):
 def test_bad_arguments(kwargs, error, message):
     with pytest.raises(error, match=message):
         SPViT(**{**SMALL, **kwargs})
+
+
+def test_freeze_all_but_priors():
+    model = SPViT(
+        arch='spvit-small',
+        img_size=32,
+        num_spsa_layers=2,
+        freeze_all_but_priors=True,
+        drop_path_rate=0.5,
+    ).train()
+    learning = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert learning == {
+        n
+        for n, _ in model.named_parameters()
+        if n.startswith('layers.') and 'prior' in n
+    }
+    assert len(learning) > 0
+    # Batch norm, stochastic depth and the like behave as in evaluation.
+    x = torch.randn(2, 3, 32, 32)
+    out = model(x)[0]
+    out.sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(model.eval()(x)[0], out)
+
+    shared = SPViT(
+        arch='deit-tiny', img_size=32, share_prior='network', freeze_all_but_priors=True
+    )
+    learning = [n for n, p in shared.named_parameters() if p.requires_grad]
+    assert learning
+    assert all(n.startswith('prior.') for n in learning)
+
+
+def test_freeze_all_but_priors_needs_a_prior():
+    with pytest.raises(ValueError, match='no spatial prior'):
+        SPViT(arch='deit-tiny', num_spsa_layers=0, freeze_all_but_priors=True)
+    with pytest.raises(ValueError, match='exclude each other'):
+        SPViT(arch='deit-tiny', frozen_stages=2, freeze_all_but_priors=True)

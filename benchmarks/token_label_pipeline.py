@@ -1,0 +1,127 @@
+"""What label maps cost the data pipeline, in images a second.
+
+Makes JPEG images of ImageNet's size and label maps of the published one
+(2, 5, 18, 18) in a temporary folder and reads both with the pipelines of the
+ImageNet configs; then builds the targets of a batch from them.
+"""
+
+import argparse
+import os.path as osp
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate, worker_init_fn
+from mmengine.registry import init_default_scope
+from mmpretrain.registry import DATASETS
+from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader
+
+import spvit_mm  # noqa: F401
+from spvit_mm.datasets.token_labels import write_label_map
+from spvit_mm.models.heads import token_label_targets
+
+CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), 'configs')
+NUM_CLASSES = 1000
+
+
+def make_data(root, num_images):
+    """Smoothed noise, 500 x 375, and label maps of random scores."""
+    rng = np.random.default_rng(0)
+    for i in range(num_images):
+        name = f'class{i % 2}/{i:05d}'
+        path = Path(root, 'images', f'{name}.jpg')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = rng.integers(0, 255, (375, 500, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(2))
+        image.save(path, quality=90)
+        scores = torch.rand(NUM_CLASSES, 18, 18).mul(10).topk(5, dim=0)
+        label_map = torch.stack((scores[0], scores[1].float()))
+        write_label_map(f'{root}/labels/{name}.pt', label_map, NUM_CLASSES)
+
+
+def build_dataset(config, root):
+    """The config's training data, of the folder under ``root``."""
+    cfg = Config.fromfile(osp.join(CONFIGS, config)).train_dataloader.dataset
+    folder = dict(type='CustomDataset', data_prefix=f'{root}/images')
+    if cfg.type != 'TokenLabelDataset':
+        return DATASETS.build(dict(**folder, pipeline=cfg.pipeline))
+    cfg.update(dataset=folder, label_root=f'{root}/labels', num_classes=NUM_CLASSES)
+    return DATASETS.build(cfg)
+
+
+def images_a_second(dataset, num_workers, batch_size, epochs):
+    """The median over passes of images a second, workers already running."""
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=pseudo_collate,
+        worker_init_fn=lambda i: worker_init_fn(i, num_workers, 0, 0, True),
+    )
+    rates = []
+    for i in range(epochs + 1):
+        start = time.perf_counter()
+        for _ in loader:
+            pass
+        if i:  # the first starts the workers
+            rates.append(len(dataset) / (time.perf_counter() - start))
+    return rates
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--num-images', type=int, default=512)
+    parser.add_argument('--num-workers', type=int, nargs='+', default=[0, 2])
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--passes', type=int, default=5)
+    parser.add_argument('--device', default='cpu', help='where targets are built')
+    args = parser.parse_args()
+    init_default_scope('mmpretrain')
+    configs = {
+        'without': 'classification/spvit-small_8xb128-300e_in1k.py',
+        'with': 'token_labeling/spvit-small_8xb128-tokenlabel-300e_in1k.py',
+    }
+    with tempfile.TemporaryDirectory() as root:
+        make_data(root, args.num_images)
+        datasets = {key: build_dataset(config, root) for key, config in configs.items()}
+        print('| workers | label maps | images/s, median (min .. max) | ratio |')
+        print('| --- | --- | --- | --- |')
+        for num_workers in args.num_workers:
+            medians = {}
+            for key, dataset in datasets.items():
+                rates = images_a_second(
+                    dataset, num_workers, args.batch_size, args.passes
+                )
+                medians[key] = np.median(rates)
+                print(
+                    f'| {num_workers} | {key} | {medians[key]:.0f} ({min(rates):.0f} .. '
+                    f'{max(rates):.0f}) | {medians[key] / medians["without"]:.3f} |',
+                    flush=True,
+                )
+        batch = pseudo_collate([datasets['with'][i] for i in range(args.batch_size)])
+
+    samples = [sample.to(args.device) for sample in batch['data_samples']]
+    times = []
+    for _ in range(args.passes + 1):
+        start = time.perf_counter()
+        _, dense = token_label_targets(
+            [sample.token_label for sample in samples],
+            torch.stack([sample.token_label_view for sample in samples]),
+            NUM_CLASSES,
+            (14, 14),
+        )
+        dense.sum().item()
+        times.append(time.perf_counter() - start)
+    print(
+        f'\nTargets of a batch of {args.batch_size}, 14 x 14 tokens, {NUM_CLASSES} '
+        f'classes, on {args.device}: {1000 * np.median(times[1:]):.0f} ms'
+    )
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,51 @@
+# Fine-tunes DeiT weights on your own images, one folder a class:
+# data/custom/{train,val}/<class>/*.jpg, with a learning rate that decays from the
+# last layer to the first.
+_base_ = './sp-deit-small_1xb64-100e_custom.py'
+
+model = dict(
+    backbone=dict(
+        # Outputs equal DeiT's at the start: neutral priors, class token first.
+        cls_token_layer=0,
+        # True: only the spatial priors and the head learn.
+        freeze_all_but_priors=False,
+    ),
+)
+
+# mmpretrain's own checkpoint of DeiT-S, or one that was converted by
+# tools/model_converters/convert.py. The head, of other classes, starts anew.
+load_from = 'checkpoints/deit-small_in1k.pth'
+
+optim_wrapper = dict(
+    constructor='LearningRateDecayOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
+    paramwise_cfg=dict(
+        _delete_=True,
+        layer_decay_rate=0.75,
+        norm_decay_mult=0.0,
+        bias_decay_mult=0.0,
+        flat_decay_mult=0.0,
+        custom_keys={
+            '.cls_token': dict(decay_mult=0.0),
+            '.pos_embed': dict(decay_mult=0.0),
+        },
+    ),
+)
+param_scheduler = [
+    dict(
+        type='LinearLR',
+        start_factor=1e-3,
+        by_epoch=True,
+        end=5,
+        convert_to_iter_based=True,
+    ),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min=1e-6,
+        by_epoch=True,
+        begin=5,
+        end=50,
+        convert_to_iter_based=True,
+    ),
+]
+train_cfg = dict(max_epochs=50)
