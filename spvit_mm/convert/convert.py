@@ -5,7 +5,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import List, Optional
+from typing import Optional
 
 import torch
 from mmengine.logging import MMLogger
@@ -94,7 +94,7 @@ class Conversion:
     source: str
     model: Optional[dict] = None
     config: Optional[str] = None
-    notes: List[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def convert_file(src, out, source='auto', target='mm', options=None, force=False):
@@ -144,7 +144,9 @@ def convert_file(src, out, source='auto', target='mm', options=None, force=False
     return result
 
 
-def convert_to_mm(content, source='auto', options=None, src_name='', out_name='out.pth'):
+def convert_to_mm(
+    content, source='auto', options=None, src_name='', out_name='out.pth'
+):
     """Convert the content of a file to our names, with its config.
 
     Args:
@@ -205,7 +207,9 @@ def convert_to_mm(content, source='auto', options=None, src_name='', out_name='o
     model = config.model_cfg(structure, backbone, classifier)
     config.check_loads(model, ours)
 
-    normalization = options.normalization or ('half' if source == 'timm' else 'imagenet')
+    normalization = options.normalization or (
+        'half' if source == 'timm' else 'imagenet'
+    )
     crop = options.test_crop or _test_crop(source, structure)
     notes.append(
         f"The config tests with crop {crop} and normalization '{normalization}', as is "
@@ -213,7 +217,13 @@ def convert_to_mm(content, source='auto', options=None, src_name='', out_name='o
         '`--normalization`).'
     )
     text = config.config_text(
-        src_name, out_name, model, structure, normalization, crop, _comments(model, layer)
+        src_name,
+        out_name,
+        model,
+        structure,
+        normalization,
+        crop,
+        _comments(model, layer),
     )
     return Conversion(ours, source, model, text, notes)
 
@@ -264,8 +274,8 @@ def _resolve_source(source, state, content, notes):
         found = 'deit' if 'model' in content or 'dist_token' in state else 'timm'
         if source == 'auto':
             notes.append(
-                f'Taken as {found}: DeiT and timm share their keys, and DeiT\'s releases '
-                "hold an entry `model`. If it is the other, say `--from` (it decides the "
+                f"Taken as {found}: DeiT and timm share their keys, and DeiT's releases "
+                'hold an entry `model`. If it is the other, say `--from` (it decides the '
                 'normalization and test crop of the config, not the weights).'
             )
     family = {'deit': 'vit', 'timm': 'vit'}
@@ -302,7 +312,9 @@ def _new_priors(structure, options):
     if number is None:
         number = max(depth - 2, 0)
     if not 0 <= number <= depth:
-        raise CheckpointError(f'`num_spsa_layers` must lie in 0..{depth}, got {number}.')
+        raise CheckpointError(
+            f'`num_spsa_layers` must lie in 0..{depth}, got {number}.'
+        )
     return number, options.hidden_dims
 
 
@@ -311,7 +323,9 @@ def _cls_token_layer(structure, source, content, options, notes):
     asked, late = options.cls_token_layer, structure.pos_extra == 0
     if asked is not None:
         if not 0 <= asked <= last:
-            raise CheckpointError(f'`cls_token_layer` must lie in 0..{last}, got {asked}.')
+            raise CheckpointError(
+                f'`cls_token_layer` must lie in 0..{last}, got {asked}.'
+            )
         return asked
     if source != 'spvit' or not late:
         return 0
@@ -367,7 +381,8 @@ def _comments(model, layer):
             'head=dict(dense_weight=0) for images alone; testing needs neither.'
         )
     backbone = model['backbone']
-    if backbone['arch'] == 'spvit-large' and not backbone['num_spsa_layers']:
+    is_large = backbone['arch'] == 'spvit-large' and backbone.get('with_peg', True)
+    if is_large and not backbone['num_spsa_layers']:
         yield (
             'An L without SP-SA layers, as the released code builds it; the L of the '
             f'paper has 22. The class token joins before layer {layer}.'

@@ -85,4 +85,6 @@ def split_block(key):
 
 def numbered(table, i):
     """A table with ``{i}`` filled in."""
-    return {k.replace('{i}', str(i)): v.replace('{i}', str(i)) for k, v in table.items()}
+    return {
+        k.replace('{i}', str(i)): v.replace('{i}', str(i)) for k, v in table.items()
+    }

@@ -42,7 +42,9 @@ class Record:
 
     def get(self, name, default=None):
         """An attribute of the pickled object."""
-        return self.state.get(name, default) if isinstance(self.state, dict) else default
+        return (
+            self.state.get(name, default) if isinstance(self.state, dict) else default
+        )
 
     def __repr__(self):
         return f'{type(self).__name__}(args={self.args!r}, state={self.state!r})'
@@ -72,7 +74,7 @@ def _history_method(owner, name):
     """Stand-in for getattr, which HistoryBuffer uses to name its statistics."""
     if owner is not HistoryBufferRecord or not isinstance(name, str):
         raise UnsafeCheckpointError('it calls `getattr` on something else')
-    return Record(name)
+    return HISTORY_STATISTIC
 
 
 def _latin1(text, encoding):
@@ -80,6 +82,9 @@ def _latin1(text, encoding):
     if not isinstance(text, str) or encoding not in ('latin1', 'latin-1'):
         raise UnsafeCheckpointError('it calls `_codecs.encode` in an unusual way')
     return text.encode('latin1')
+
+
+HISTORY_STATISTIC = Record('statistic')
 
 
 def _allowed_names():
@@ -101,6 +106,10 @@ def _allowed_names():
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         names[module, 'scalar'] = _numpy_record
         names[module, '_reconstruct'] = _numpy_record
+    for name in ('min', 'max', 'current', 'mean'):
+        # HistoryBuffer's statistics, which newer protocols name so.
+        owner = 'mmengine.logging.history_buffer'
+        names[owner, f'HistoryBuffer.{name}'] = HISTORY_STATISTIC
     for name, value in vars(torch).items():
         if isinstance(value, torch.dtype):
             names['torch', name] = value
@@ -109,7 +118,7 @@ def _allowed_names():
 
 ALLOWED = _allowed_names()
 # What a pickle may call; the rest of ALLOWED are values.
-CALLABLE = [value for value in ALLOWED.values() if not isinstance(value, torch.dtype)]
+CALLABLE = [value for value in ALLOWED.values() if callable(value)]
 
 
 class RestrictedUnpickler(pickle._Unpickler):
@@ -287,7 +296,9 @@ def _check_archive(path):
 
 
 def _some(folder, limit=5):
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in ('.pth', '.pt', '.tar'))
+    names = sorted(
+        p.name for p in folder.iterdir() if p.suffix in ('.pth', '.pt', '.tar')
+    )
     if not names:
         return 'which none ends in .pth, .pt or .tar'
     return ', '.join(names[:limit]) + (', ...' if len(names) > limit else '')

@@ -67,7 +67,11 @@ def _clean(state, entry):
     if not isinstance(state, dict):
         raise CheckpointError(f'`{entry}` holds {_describe(state)} and no dict.')
     # AveragedModel counts its steps beside the weights.
-    state = {key: v for key, v in state.items() if (entry, key) != ('ema_state_dict', 'steps')}
+    state = {
+        key: v
+        for key, v in state.items()
+        if (entry, key) != ('ema_state_dict', 'steps')
+    }
     clean = OrderedDict()
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
@@ -76,7 +80,9 @@ def _clean(state, entry):
             )
         name = key[len('module.') :] if key.startswith('module.') else key
         if name in clean:
-            raise CheckpointError(f'`{entry}` holds {name!r} with and without `module.`.')
+            raise CheckpointError(
+                f'`{entry}` holds {name!r} with and without `module.`.'
+            )
         clean[name] = value.detach()
     return clean
 
@@ -206,7 +212,9 @@ def to_released(state):
     grid = state.pop('backbone.train_grid', None)
     # The same in a prior that scales its coordinates, which has no counterpart.
     spsa = {
-        i for name, i in map(names.split_block, state) if i is not None and '.prior.' in name
+        i
+        for name, i in map(names.split_block, state)
+        if i is not None and '.prior.' in name
     }
     out, unplaced = OrderedDict(), []
     for key, value in state.items():

@@ -54,7 +54,9 @@ class Structure:
     def plain_names(self):
         """Those keys of the source that have one counterpart: theirs -> ours."""
         table = dict(names.TOKENS)
-        table.update(names.PATCH_STEM if self.stem_channels is None else names.CONV_STEM)
+        table.update(
+            names.PATCH_STEM if self.stem_channels is None else names.CONV_STEM
+        )
         for i in range(self.num_layers):
             parts = [names.LAYER]
             if i < self.num_spsa_layers:
@@ -126,8 +128,10 @@ class Structure:
             'pos_block.proj.0.weight': (width, 1, 3, 3),
         }
         vectors = 'norm1.weight norm1.bias norm2.weight norm2.bias attn.proj.bias '
-        vectors += 'mlp.fc2.bias pos_block.proj.0.bias ls1.gamma ls2.gamma gamma_1 gamma_2'
-        block.update({name: (width,) for name in vectors.split()})
+        vectors += (
+            'mlp.fc2.bias pos_block.proj.0.bias ls1.gamma ls2.gamma gamma_1 gamma_2'
+        )
+        block.update(dict.fromkeys(vectors.split(), (width,)))
         for i in range(self.num_layers):
             shapes.update({f'blocks.{i}.{name}': s for name, s in block.items()})
         feats = width
@@ -195,7 +199,9 @@ def detect_source(state):
         return 'spvit'
     if 'patch_embed.conv1.weight' in state:
         return 'lvvit'
-    if 'patch_embed.proj.weight' in state and any(k.startswith('blocks.') for k in state):
+    if 'patch_embed.proj.weight' in state and any(
+        k.startswith('blocks.') for k in state
+    ):
         return 'vit'
     raise CheckpointError(
         'The weights are of no known model: SP-ViT, LV-ViT, DeiT and ViT of timm have '
@@ -243,7 +249,9 @@ def infer_structure(state, img_size=None):
         if i is not None:
             blocks.setdefault(i, set()).add(name)
     num_layers = max(blocks, default=-1) + 1
-    spsa = [i for i in range(num_layers) if _has(blocks.get(i, ()), 'attn.qk.', 'attn.w2')]
+    spsa = [
+        i for i in range(num_layers) if _has(blocks.get(i, ()), 'attn.qk.', 'attn.w2')
+    ]
     if spsa != list(range(len(spsa))):
         raise CheckpointError(
             f'The SP-SA blocks must be the first ones, but are {spsa} of {num_layers}.'

@@ -110,7 +110,8 @@ def make_state(spec, seed=0):
             )
             norm(f'patch_embed.bn{n}', stem)
             state[f'patch_embed.bn{n}.running_mean'] = normal(stem, std=0.3)
-            state[f'patch_embed.bn{n}.running_var'] = normal(stem).abs() + 0.5
+            variance = normal(stem).abs() + 0.5
+            state[f'patch_embed.bn{n}.running_var'] = variance.float().double()
             state[f'patch_embed.bn{n}.num_batches_tracked'] = torch.tensor(1000 + n)
         std = (stem * half**2) ** -0.5
         state['patch_embed.proj.weight'] = normal(width, stem, half, half, std=std)
@@ -170,7 +171,9 @@ def forward(spec, state, images):
             for key, value in state.items()
             if key.startswith(f'blocks.{i}.')
         }
-        scale1, scale2 = (block[s] for s in spec.layer_scale) if spec.layer_scale else (1, 1)
+        scale1, scale2 = (
+            (block[s] for s in spec.layer_scale) if spec.layer_scale else (1, 1)
+        )
         y = _norm(spec, block, 'norm1', x)
         x = x + scale1 * _attention(spec, block, y, rows, columns) / spec.skip
         y = _norm(spec, block, 'norm2', x)

@@ -53,7 +53,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = vars(parse_args(argv))
-    files = {name: args.pop(name) for name in ('src', 'out', 'source', 'target', 'force')}
+    files = {
+        name: args.pop(name) for name in ('src', 'out', 'source', 'target', 'force')
+    }
     try:
         convert_file(**files, options=Options(**args))
     except (CheckpointError, OSError) as error:
