@@ -143,7 +143,7 @@ test_pipeline = [
     dict(type='CenterCrop', crop_size={crop}),
     dict(type='PackInputs'),
 ]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+{train}
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
@@ -159,6 +159,21 @@ optim_wrapper = dict(
 
 load_from = '{{{{ fileDirname }}}}/{checkpoint}'
 """
+
+TRAIN = 'train_dataloader = dict(dataset=dict(pipeline=train_pipeline))'
+TRAIN_WITH_LABEL_MAPS = """\
+train_pipeline[1]['type'] = 'TokenLabelRandomResizedCrop'
+train_pipeline[2]['type'] = 'TokenLabelRandomFlip'
+train_pipeline[5]['type'] = 'PackTokenLabelInputs'
+train_dataloader = dict(
+    dataset=dict(
+        _delete_=True,
+        type='TokenLabelDataset',
+        dataset=dict(type='ImageNet', data_root='data/imagenet', split='train'),
+        label_root='data/label_top5_train_nfnet',
+        pipeline=train_pipeline,
+    )
+)"""
 
 
 def config_text(source, checkpoint, model, structure, normalization, crop, notes=()):
@@ -198,6 +213,9 @@ def config_text(source, checkpoint, model, structure, normalization, crop, notes
         model=format_value(model),
         preprocessor=format_value(preprocessor),
         train_size=size,
+        train=TRAIN_WITH_LABEL_MAPS
+        if model['type'] == 'TokenLabelClassifier'
+        else TRAIN,
         resize=repr(resize),
         scale=scale,
         comment=comment,

@@ -377,8 +377,8 @@ def _test_crop(source, structure):
 def _comments(model, layer):
     if model['type'] == 'TokenLabelClassifier':
         yield (
-            'Training it further needs label maps (docs/token_labeling.md), or '
-            'head=dict(dense_weight=0) for images alone; testing needs neither.'
+            'Training it further needs label maps under `label_root`; testing does not. '
+            'To train on images alone convert with --classifier plain.'
         )
     backbone = model['backbone']
     is_large = backbone['arch'] == 'spvit-large' and backbone.get('with_peg', True)
@@ -426,7 +426,7 @@ def _write(paths, checkpoint, text, force):
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(name, 0o666 & ~_umask())
-        for name, path in zip(temporary, paths):
+        for name, path in zip(temporary, paths, strict=True):
             if path.exists() and not force:
                 raise FileExistsError(f'`{path}` has appeared meanwhile; it is kept.')
             os.replace(name, path)

@@ -49,7 +49,9 @@ class Structure:
 
     @property
     def img_size(self):
-        return tuple(n * side for n, side in zip(self.grid, self.patch_size))
+        return tuple(
+            n * side for n, side in zip(self.grid, self.patch_size, strict=True)
+        )
 
     def plain_names(self):
         """Those keys of the source that have one counterpart: theirs -> ours."""
@@ -307,7 +309,7 @@ def _has(keys, *parts):
 def _grid(length, patch, img_size):
     """The grid (H, W) of a position embedding, and its entries for no patch."""
     if img_size is not None:
-        grid = tuple(side // size for side, size in zip(img_size, patch))
+        grid = tuple(side // size for side, size in zip(img_size, patch, strict=True))
         extra = length - grid[0] * grid[1]
         if extra not in (0, 1):
             raise CheckpointError(
