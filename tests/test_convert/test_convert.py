@@ -650,12 +650,9 @@ def test_written_config_holds_for_oblong_images(tmp_path):
     assert cfg.test_dataloader.dataset.pipeline[2].crop_size == (80, 48)
     assert cfg.test_dataloader.dataset.pipeline[1].scale == (88, 53)
     assert cfg.train_dataloader.dataset.type == 'TokenLabelDataset'
-    assert cfg.train_dataloader.dataset.pipeline[1] == dict(
-        type='TokenLabelRandomResizedCrop',
-        scale=(80, 48),
-        backend='pillow',
-        interpolation='bicubic',
-    )
+    crop = cfg.train_dataloader.dataset.pipeline[1]
+    assert crop.type == 'TokenLabelRandomResizedCrop'
+    assert crop.scale == (80, 48)
 
 
 # ------------------------------------------- mmpretrain's own need no conversion
