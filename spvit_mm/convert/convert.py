@@ -235,9 +235,20 @@ def convert_to_released(content, options=None):
     state, entry = pick_state_dict(content, options.weights)
     out, structure, notes = to_released(state)
     notes.insert(0, f'Weights: `{entry}`, {count_parameters(out):,} parameters.')
-    asked = structure.num_spsa_layers or 'the layer before which the class token joins'
-    if not structure.pos_extra:
-        notes.append(f'In the released code, local_up_to_layer is {asked}.')
+    number = structure.num_spsa_layers
+    if structure.pos_extra and number:
+        notes.append(
+            'WARNING: here the class token comes first (cls_token_layer=0); the released '
+            'code lets it join after the SP-SA layers and does not load the class '
+            "token's entry of pos_embed unless it is changed."
+        )
+    elif not structure.pos_extra:
+        layer = number or 'the cls_token_layer of this model'
+        notes.append(
+            f'In the released code set local_up_to_layer to {layer}: the class token '
+            'joins there, so a cls_token_layer other than the number of SP-SA layers '
+            'would compute something else.'
+        )
     return Conversion(out, 'mm', notes=notes)
 
 

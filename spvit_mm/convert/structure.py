@@ -167,10 +167,14 @@ class Structure:
         problems += _listed('have an unexpected shape', odd)
         if problems:
             hint = ''
-            if any(key.startswith(('fc_norm.', 'norm_pre.')) for key in state):
-                hint = (
-                    ' (`fc_norm`: the model averages its tokens and has no class token '
-                    'at its head; `norm_pre`: it normalises before the blocks.)'
+            if any(key.startswith('fc_norm.') for key in state):
+                hint += (
+                    '\n`fc_norm`: the model classifies by the average of its tokens, '
+                    'not by the class token.'
+                )
+            if any(key.startswith('norm_pre.') for key in state):
+                hint += (
+                    '\n`norm_pre`: the model (as CLIP) has a norm before its blocks.'
                 )
             raise CheckpointError(
                 'The checkpoint cannot be converted; nothing was written.'

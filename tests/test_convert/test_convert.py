@@ -220,8 +220,10 @@ def test_back_to_the_released_names(name):
     spec = SMALL[name]
     saved = as_saved(make_state(spec))
     ours = convert_to_mm({'state_dict': saved}, options=options_of(spec)).state_dict
-    back = convert_to_released({'state_dict': ours}).state_dict
-    assert_same(back, saved)
+    back = convert_to_released({'state_dict': ours})
+    assert_same(back.state_dict, saved)
+    warned = any('WARNING' in note for note in back.notes)
+    assert warned == (spec.num_spsa > 0 and spec.cls_layer == 0)
 
 
 def test_back_widens_the_priors_and_keeps_the_function():
@@ -461,6 +463,7 @@ def test_keys_without_a_place_are_listed(key):
     with pytest.raises(CheckpointError, match='find no place') as error:
         convert(state, spec)
     assert key in str(error.value)
+    assert ('average of its tokens' in str(error.value)) == key.startswith('fc_norm')
 
 
 def test_every_missing_key_and_odd_shape_is_listed():
