@@ -1,0 +1,698 @@
+import argparse
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmpretrain.models.backbones import VisionTransformer
+from mmpretrain.registry import MODELS
+
+from spvit_mm.convert import (
+    CheckpointError,
+    Options,
+    convert_file,
+    convert_to_mm,
+    convert_to_released,
+)
+from spvit_mm.convert.structure import count_parameters
+
+from .source_models import (
+    RELEASED,
+    Spec,
+    as_saved,
+    classify,
+    forward,
+    lvvit,
+    make_state,
+    spvit,
+)
+
+TOLERANCE = 1e-5
+TINY = dict(grid=(4, 4), classes=7)
+SMALL = {
+    'spvit': spvit(24, 4, 3, 2, stem=8, **TINY),
+    'spvit of hidden width 5': spvit(24, 3, 2, 1, stem=8, hidden=5, **TINY),
+    'spvit, class token first': spvit(24, 3, 3, 2, stem=8, cls_layer=0, **TINY),
+    'spvit without SP-SA': spvit(24, 4, 3, 0, stem=8, cls_layer=2, **TINY),
+    'spvit without aux_head': spvit(24, 3, 3, 2, stem=8, aux=False, **TINY),
+    'spvit, grid 3 x 5': spvit(24, 3, 3, 2, stem=8, grid=(3, 5), classes=7),
+    'spvit, patch 8': spvit(24, 3, 3, 2, stem=8, patch=8, **TINY),
+    'spvit, skip 3': spvit(24, 3, 3, 2, stem=8, skip=3.0, **TINY),
+    'lvvit': lvvit(24, 3, 3, stem=8, **TINY),
+    'deit': Spec(24, 3, 3, **TINY),
+    'timm': Spec(24, 3, 3, layer_scale=('ls1.gamma', 'ls2.gamma'), **TINY),
+    'deit III': Spec(24, 3, 3, layer_scale=('gamma_1', 'gamma_2'), **TINY),
+}
+
+
+def options_of(spec, **kwargs):
+    """What a shape that is no released one must be told."""
+    common = dict(skip_scale=spec.skip, img_size=spec.img_size)
+    if not spec.num_spsa:
+        common['num_heads'] = spec.heads
+    return Options(**{**common, **kwargs})
+
+
+def build_backbone(result):
+    cfg = dict(result.model['backbone'], out_type='raw', _scope_='mmpretrain')
+    backbone = MODELS.build(cfg).eval()
+    state = {
+        k[len('backbone.') :]: v
+        for k, v in result.state_dict.items()
+        if k.startswith('backbone.')
+    }
+    backbone.load_state_dict(state, strict=True)
+    return backbone
+
+
+@torch.no_grad()
+def difference(spec, state, result, batch=2):
+    """Largest difference of tokens and of logits, relative to the largest value."""
+    images = torch.randn(
+        batch, 3, *spec.img_size, generator=torch.Generator().manual_seed(1)
+    )
+    want = forward(spec, state, images.double())
+    got = build_backbone(result)(images)[0]
+    scores = got[:, 0] @ result.state_dict['head.layers.head.weight'].T
+    scores = scores + result.state_dict['head.layers.head.bias']
+    if spec.aux:
+        dense = got[:, 1:] @ result.state_dict['head.aux_head.weight'].T
+        scores = scores + 0.5 * (dense + result.state_dict['head.aux_head.bias']).amax(
+            1
+        )
+    want_scores = classify(spec, state, images.double())
+    tokens = (got - want).abs().max() / want.abs().max()
+    logits = (scores - want_scores).abs().max() / want_scores.abs().max()
+    return tokens.item(), logits.item()
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_outputs_equal_the_source(name):
+    spec = SMALL[name]
+    state = make_state(spec)
+    result = convert_to_mm({'state_dict': as_saved(state)}, options=options_of(spec))
+    assert max(difference(spec, state, result)) < TOLERANCE
+    cls_layer = result.model['backbone']['cls_token_layer']
+    assert cls_layer == spec.cls_layer
+
+
+def test_the_comparison_notices_each_weight():
+    """A converter that lost any weight would be found out."""
+    spec = SMALL['spvit']
+    state = make_state(spec)
+    result = convert_to_mm({'state_dict': as_saved(state)}, options=options_of(spec))
+    for key in state:
+        if key.endswith('num_batches_tracked'):
+            continue
+        changed = {**state, key: state[key] * 1.5 + 0.1}
+        if key in ('blocks.0.attn.qk.weight', 'blocks.0.attn.v.weight'):
+            changed[key] = state[key].flip(0)
+        assert max(difference(spec, changed, result)) > TOLERANCE, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', RELEASED)
+def test_released_sizes(name, capsys):
+    """Every published model; `-s` prints the table of differences."""
+    spec = RELEASED[name]
+    state = make_state(spec)
+    saved = as_saved(state)
+    result = convert_to_mm({'state_dict': saved})
+    tokens, logits = difference(spec, state, result, batch=1)
+    with capsys.disabled():
+        number = count_parameters(saved)
+        print(f'\n| {name} | {number:,} | {tokens:.1e} | {logits:.1e} |', end='')
+    assert max(tokens, logits) < TOLERANCE
+    if result.source in ('spvit', 'lvvit'):
+        back = convert_to_released({'state_dict': result.state_dict}).state_dict
+        assert_same(back, saved)
+
+
+@pytest.mark.parametrize(
+    ('name', 'number'),
+    [
+        ('SP-ViT-S', 26_234_468),
+        ('SP-ViT-M', 55_969_440),
+        ('SP-ViT-L (22 SP-SA)', 150_273_368),
+        ('SP-ViT-L (as released)', 150_205_520),
+        ('LV-ViT-S', 26_151_824),
+        ('LV-ViT-M', 55_830_544),
+        ('LV-ViT-L', 150_021_968),
+    ],
+)
+def test_parameter_counts_and_config_of_released_sizes(name, number):
+    spec = RELEASED[name]
+    state = make_state_shapes(spec)
+    assert count_parameters(state) == number
+    result = convert_to_mm({'state_dict': state})
+    assert count_parameters(result.state_dict) == number
+    backbone = result.model['backbone']
+    assert backbone['arch'] in ('spvit-small', 'spvit-medium', 'spvit-large')
+    assert backbone['num_spsa_layers'] == spec.num_spsa
+    assert backbone['cls_token_layer'] == spec.cls_layer
+    assert result.model['type'] == 'TokenLabelClassifier'
+    assert backbone['out_type'] == 'raw'
+    crop = 0.9 if spec.width == 384 else 1.0
+    assert f'scale={int(224 / crop)},' in result.config
+    assert ('An L without SP-SA' in result.config) == ('as released' in name)
+
+
+def make_state_shapes(spec):
+    """A state of released size, all zeros: quicker than random numbers."""
+    small = make_state(
+        Spec(
+            **{
+                **vars(spec),
+                'width': spec.heads * 4,
+                'classes': 3,
+                'hidden': 4,
+                'stem': 2,
+            }
+        )
+    )
+    sizes = {spec.heads * 4 * n: spec.width * n for n in (1, 2, 3)}
+    sizes.update({3: spec.classes, 2: spec.stem})
+    state = {}
+    for key, value in small.items():
+        shape = list(value.shape)
+        if key.startswith(('head', 'aux_head')):
+            shape = [spec.classes, spec.width][: len(shape)]
+        elif '.pos_block.' in key:
+            shape[0] = spec.width
+        elif key.startswith('patch_embed.proj'):
+            shape[0] = spec.width
+            shape[1:2] = [spec.stem] if len(shape) > 1 else []
+        elif key.startswith('patch_embed.conv'):
+            shape[0] = spec.stem
+            shape[1] = 3 if key.startswith('patch_embed.conv1') else spec.stem
+        elif key.startswith('patch_embed.bn'):
+            shape = [spec.stem for _ in shape]
+        elif key in ('cls_token', 'pos_embed'):
+            shape[2] = spec.width
+        elif not key.endswith('attn.b2'):
+            shape = [n if n in (1, 2) else sizes[n] for n in shape]
+        state[key] = torch.zeros(shape, dtype=value.float().dtype)
+    return state
+
+
+# --------------------------------------------------------------- round trips
+
+
+def assert_same(got, want):
+    assert sorted(got) == sorted(want)
+    for key, value in want.items():
+        assert got[key].dtype == value.dtype, key
+        assert torch.equal(got[key], value), key
+
+
+# The released code has square grids only, and priors as wide as a head.
+HAS_WAY_BACK = [
+    name
+    for name, spec in SMALL.items()
+    if spec.stem and spec.grid == (4, 4) and spec.hidden != 5
+]
+
+
+@pytest.mark.parametrize('name', HAS_WAY_BACK)
+def test_back_to_the_released_names(name):
+    spec = SMALL[name]
+    saved = as_saved(make_state(spec))
+    ours = convert_to_mm({'state_dict': saved}, options=options_of(spec)).state_dict
+    back = convert_to_released({'state_dict': ours})
+    assert_same(back.state_dict, saved)
+    warned = any('WARNING' in note for note in back.notes)
+    assert warned == (spec.num_spsa > 0 and spec.cls_layer == 0)
+
+
+def test_back_widens_the_priors_and_keeps_the_function():
+    spec = SMALL['spvit of hidden width 5']
+    state = make_state(spec)
+    ours = convert_to_mm({'state_dict': as_saved(state)}, options=options_of(spec))
+    back = convert_to_released({'state_dict': ours.state_dict})
+    assert any('widened from 5 to 12' in note for note in back.notes)
+    wide = Spec(**{**vars(spec), 'hidden': 12})
+    assert back.state_dict['blocks.0.attn.w1.weight'].shape == (24, 2)
+    images = torch.randn(1, 3, *spec.img_size).double()
+    double = {k: v.double() for k, v in back.state_dict.items()}
+    torch.testing.assert_close(
+        forward(wide, double, images), forward(spec, state, images), rtol=0, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (dict(prior=dict(type='MLPSpatialPrior', hidden_dims=(8, 8))), 'prior.w3'),
+        (dict(prior=dict(type='MLPSpatialPrior', hidden_dims=16)), 'cannot hold them'),
+        (dict(share_prior='network'), 'backbone.prior.w1'),
+        (dict(qkv_bias=True), 'attn.qkv.bias'),
+        (dict(stem='patch'), 'convolution stem alone'),
+        (dict(with_peg=False), 'all have a PEG'),
+        (dict(img_size=(64, 96)), '4 x 6 patches'),
+    ],
+)
+def test_back_lists_what_has_no_place(change, words):
+    spec = SMALL['spvit']
+    state = as_saved(make_state(spec))
+    cfg = convert_to_mm({'state_dict': state}, options=options_of(spec)).model
+    backbone = dict(cfg['backbone'], _scope_='mmpretrain', **change)
+    head = MODELS.build(
+        dict(type='mmpretrain.VisionTransformerClsHead', num_classes=7, in_channels=24)
+    )
+    model = torch.nn.ModuleDict(dict(backbone=MODELS.build(backbone), head=head))
+    with pytest.raises(CheckpointError, match=words):
+        convert_to_released({'state_dict': model.state_dict()})
+
+
+def test_back_takes_ema_and_plain_of_mmengine():
+    """EMAHook saves the average as state_dict, the plain as ema_state_dict."""
+    spec = SMALL['spvit']
+    average, plain = (as_saved(make_state(spec, seed)) for seed in (0, 1))
+    ours = [
+        convert_to_mm({'state_dict': s}, options=options_of(spec)).state_dict
+        for s in (average, plain)
+    ]
+    content = dict(
+        state_dict=ours[0],
+        ema_state_dict={
+            'steps': torch.tensor(9),
+            **{f'module.{k}': v for k, v in ours[1].items()},
+        },
+    )
+    assert_same(convert_to_released(content).state_dict, average)
+    for weights, want in (('ema', average), ('plain', plain)):
+        got = convert_to_released(content, Options(weights=weights))
+        assert_same(got.state_dict, want)
+
+
+# ---------------------------------------------------- which weights, which model
+
+
+def test_picks_ema_or_plain_and_strips_module():
+    spec = SMALL['spvit']
+    plain, ema = (as_saved(make_state(spec, seed)) for seed in (0, 1))
+    content = dict(
+        epoch=1,
+        args=argparse.Namespace(lr=1),
+        state_dict={f'module.{k}': v for k, v in plain.items()},
+        state_dict_ema=ema,
+    )
+    for weights, want in (('auto', ema), ('ema', ema), ('plain', plain)):
+        result = convert_to_mm(content, options=options_of(spec, weights=weights))
+        assert torch.equal(result.state_dict['backbone.cls_token'], want['cls_token'])
+    del content['state_dict_ema']
+    assert convert_to_mm(content, options=options_of(spec))
+    with pytest.raises(CheckpointError, match='no ema weights.*state_dict'):
+        convert_to_mm(content, options=options_of(spec, weights='ema'))
+
+
+def test_bare_state_dict_and_deit_model_entry():
+    spec = SMALL['deit']
+    state = as_saved(make_state(spec))
+    assert convert_to_mm(state, options=options_of(spec)).source == 'timm'
+    result = convert_to_mm({'model': state}, options=options_of(spec))
+    assert result.source == 'deit'
+    assert '58.395' in result.config
+    half = convert_to_mm(state, 'timm', options_of(spec)).config
+    assert 'std=[127.5, 127.5, 127.5]' in half
+
+
+@pytest.mark.parametrize(
+    'content',
+    [{}, [1], dict(epoch=3), dict(state_dict=[1]), dict(state_dict={'a': 1}), 5],
+)
+def test_content_without_weights(content):
+    with pytest.raises(CheckpointError):
+        convert_to_mm(content)
+
+
+def test_half_precision_is_stored_as_float32():
+    spec = SMALL['deit']
+    state = {k: v.half() for k, v in make_state(spec).items()}
+    result = convert_to_mm(state, options=options_of(spec))
+    assert all(
+        v.dtype in (torch.float32, torch.int64) for v in result.state_dict.values()
+    )
+    assert any('float16' in note for note in result.notes)
+
+
+def test_where_the_class_token_joins_can_be_said():
+    spec = SMALL['spvit without SP-SA']
+    content = dict(state_dict=as_saved(make_state(spec)))
+    result = convert(content, spec)
+    assert result.model['backbone']['cls_token_layer'] == 2
+    assert any("the paper's rule" in note for note in result.notes)
+    result = convert(content, spec, cls_token_layer=1)
+    assert result.model['backbone']['cls_token_layer'] == 1
+
+
+def convert(content, spec, **kwargs):
+    return convert_to_mm(content, options=options_of(spec, **kwargs))
+
+
+def test_args_of_the_file_say_where_the_class_token_joins(tmp_path):
+    spec = SMALL['spvit without SP-SA']
+    args = argparse.Namespace(local_up_to_layer=3)
+    torch.save(
+        dict(state_dict=as_saved(make_state(spec)), args=args), tmp_path / 'a.tar'
+    )
+    result = convert_file(
+        tmp_path / 'a.tar', tmp_path / 'b.pth', options=options_of(spec)
+    )
+    assert result.model['backbone']['cls_token_layer'] == 3
+    assert any('args.local_up_to_layer' in note for note in result.notes)
+
+
+# ------------------------------------------------------------------ DeiT, timm
+
+
+def test_deit_with_a_late_class_token_folds_its_position():
+    spec = SMALL['deit']
+    state = make_state(spec)
+    result = convert_to_mm(
+        as_saved(state), options=options_of(spec, cls_token_layer=2, num_spsa_layers=2)
+    )
+    assert any('was added to cls_token' in note for note in result.notes)
+    late = Spec(**{**vars(spec), 'cls_layer': 2})
+    folded = dict(state)
+    folded['cls_token'] = state['cls_token'] + state['pos_embed'][:, :1]
+    folded['pos_embed'] = state['pos_embed'][:, 1:]
+    assert max(difference(late, folded, result)) < TOLERANCE
+
+
+def test_deit_priors_are_neutral_and_can_be_chosen():
+    spec = SMALL['deit']
+    state = as_saved(make_state(spec))
+    result = convert(state, spec, num_spsa_layers=3, hidden_dims=8)
+    assert result.model['backbone']['num_spsa_layers'] == 3
+    for i in range(3):
+        prior = f'backbone.layers.{i}.attn.prior.'
+        assert result.state_dict[prior + 'w2'].shape == (24, 1)
+        assert not result.state_dict[prior + 'w2'].any()
+        assert (result.state_dict[prior + 'b2'] == 1).all()
+        assert result.state_dict[prior + 'w1'].std() > 0
+    again = convert(state, spec, num_spsa_layers=3, hidden_dims=8)
+    assert_same(again.state_dict, result.state_dict)
+    assert (
+        convert(state, spec, num_spsa_layers=0).model['backbone']['num_spsa_layers']
+        == 0
+    )
+
+
+def test_position_without_class_entry_gets_zero():
+    """timm's no_embed_class and DeiT III: the token is first, without position."""
+    spec = SMALL['deit III']
+    state = make_state(spec)
+    saved = as_saved(state)
+    saved['pos_embed'] = saved['pos_embed'][:, 1:]
+    state['pos_embed'][:, 0] = 0
+    result = convert(saved, spec)
+    assert max(difference(spec, state, result)) < TOLERANCE
+
+
+def test_distilled_deit():
+    spec = Spec(24, 3, 3, distilled=True, **TINY)
+    content = {'model': as_saved(make_state(spec))}
+    with pytest.raises(CheckpointError, match='distillation token.*--distilled drop'):
+        convert(content, spec)
+    result = convert(content, spec, distilled='drop')
+    note = next(note for note in result.notes if 'Left out' in note)
+    for key in ('dist_token', 'head_dist.weight', 'head_dist.bias', 'pos_embed[:, 1]'):
+        assert key in note
+    state = content['model']
+    kept = torch.cat((state['pos_embed'][:, :1], state['pos_embed'][:, 2:]), 1)
+    assert torch.equal(result.state_dict['backbone.pos_embed'], kept)
+
+
+def test_pre_logits_of_older_timm():
+    spec = SMALL['deit']
+    state = as_saved(make_state(spec))
+    state['pre_logits.fc.weight'] = torch.randn(10, 24)
+    state['pre_logits.fc.bias'] = torch.randn(10)
+    state['head.weight'] = torch.randn(7, 10)
+    result = convert(state, spec)
+    assert result.model['head']['hidden_dim'] == 10
+    head = MODELS.build(dict(result.model['head'], _scope_='mmpretrain')).eval()
+    head.load_state_dict(
+        {k[5:]: v for k, v in result.state_dict.items() if k.startswith('head.')}
+    )
+    x = torch.randn(2, 24)
+    want = torch.tanh(x @ state['pre_logits.fc.weight'].T + state['pre_logits.fc.bias'])
+    want = want @ state['head.weight'].T + state['head.bias']
+    torch.testing.assert_close(head((x,)), want)
+
+
+# -------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    'key',
+    [
+        'blocks.1.attn.extra',
+        'fc_norm.weight',
+        'reg_token',
+        'blocks.1.attn.q_norm.weight',
+    ],
+)
+def test_keys_without_a_place_are_listed(key):
+    spec = SMALL['deit']
+    state = as_saved(make_state(spec))
+    state[key] = torch.ones(24)
+    with pytest.raises(CheckpointError, match='find no place') as error:
+        convert(state, spec)
+    assert key in str(error.value)
+    assert ('average of its tokens' in str(error.value)) == key.startswith('fc_norm')
+
+
+def test_every_missing_key_and_odd_shape_is_listed():
+    spec = SMALL['spvit']
+    state = as_saved(make_state(spec))
+    del state['blocks.3.norm1.bias'], state['blocks.1.attn.v.weight']
+    state['blocks.2.norm2.weight'] = torch.ones(23)
+    with pytest.raises(CheckpointError) as error:
+        convert(state, spec)
+    for words in (
+        '2 keys are missing',
+        'blocks.3.norm1.bias',
+        'blocks.1.attn.v.weight',
+    ):
+        assert words in str(error.value)
+    assert 'blocks.2.norm2.weight: (23,) instead of (24,)' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'words'),
+    [
+        ('lvvit', dict(num_heads=None), '--num-heads'),
+        ('lvvit', dict(num_heads=5), 'does not divide'),
+        ('spvit', dict(num_heads=4), r'b2.*3 heads'),
+        ('spvit', dict(skip_scale=None), '--skip-scale'),
+        ('spvit', dict(skip_scale=0.0), 'positive'),
+        ('spvit', dict(img_size=(32, 32)), 'grid of 2 x 2'),
+        ('spvit', dict(num_spsa_layers=1), 'has 2'),
+        ('spvit', dict(cls_token_layer=9), r'0\.\.3'),
+        ('deit', dict(num_spsa_layers=4), r'0\.\.3'),
+        ('deit', dict(classifier='tokenlabel'), 'aux_head'),
+        ('deit', dict(classifier='other'), 'classifier'),
+        ('deit', dict(weights='best'), 'weights'),
+        ('deit', dict(test_crop=1.2), 'test_crop'),
+        ('deit', dict(hidden_dims=0), 'hidden_dims'),
+        ('spvit, grid 3 x 5', dict(img_size=None), '--img-size'),
+    ],
+)
+def test_bad_options(name, options, words):
+    spec = SMALL[name]
+    state = as_saved(make_state(spec))
+    with pytest.raises(CheckpointError, match=words):
+        convert({'state_dict': state}, spec, **options)
+
+
+def test_wrong_source_and_openmmlab_files():
+    spec = SMALL['spvit']
+    state = as_saved(make_state(spec))
+    with pytest.raises(CheckpointError, match='keys are those of spvit'):
+        convert_to_mm(state, 'deit', options_of(spec))
+    ours = convert(state, spec).state_dict
+    with pytest.raises(CheckpointError, match='needs no conversion'):
+        convert_to_mm({'state_dict': ours})
+    with pytest.raises(CheckpointError, match='backbone.layers'):
+        convert_to_released({'state_dict': state})
+    with pytest.raises(CheckpointError, match='of no known model'):
+        convert_to_mm({'conv1.weight': torch.ones(1)})
+
+
+def test_plain_classifier_leaves_the_auxiliary_head_out():
+    spec = SMALL['spvit']
+    result = convert(as_saved(make_state(spec)), spec, classifier='plain')
+    assert result.model['type'] == 'ImageClassifier'
+    assert not any('aux_head' in key for key in result.state_dict)
+    assert any('head.aux_head.weight' in note for note in result.notes)
+
+
+# ------------------------------------------------------------------------ files
+
+
+def tool():
+    path = Path(__file__).parents[2] / 'tools' / 'model_converters' / 'convert.py'
+    spec = importlib.util.spec_from_file_location('convert_tool', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def source_file(tmp_path):
+    path = tmp_path / 'in' / 'source.pth.tar'
+    path.parent.mkdir()
+    torch.save(dict(state_dict=as_saved(make_state(SMALL['spvit']))), path)
+    return path
+
+
+def test_command_line_there_and_back(tmp_path, source_file):
+    out, back = tmp_path / 'new' / 'ours.pth', tmp_path / 'back.pth'
+    tool()([str(source_file), str(out), '--skip-scale', '2'])
+    assert sorted(p.name for p in out.parent.iterdir()) == ['ours.pth', 'ours.py']
+    tool()([str(out), str(back), '--to', 'spvit'])
+    want = torch.load(source_file, weights_only=True)['state_dict']
+    assert_same(torch.load(back, weights_only=True)['state_dict'], want)
+
+
+@pytest.mark.parametrize('existing', ['ours.pth', 'ours.py'])
+def test_nothing_is_overwritten(tmp_path, source_file, existing):
+    out = tmp_path / 'ours.pth'
+    (tmp_path / existing).write_text('mine')
+    with pytest.raises(SystemExit, match='exists and is not overwritten'):
+        tool()([str(source_file), str(out), '--skip-scale', '2'])
+    assert (tmp_path / existing).read_text() == 'mine'
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['in', existing])
+    tool()([str(source_file), str(out), '--skip-scale', '2', '--force'])
+    assert torch.load(out, weights_only=True)['state_dict']
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, source_file, monkeypatch):
+    def fail(content, file):
+        file.write(b'half')
+        raise OSError('No space left on device')
+
+    out = tmp_path / 'out' / 'ours.pth'
+    monkeypatch.setattr(torch, 'save', fail)
+    with pytest.raises(OSError, match='No space left'):
+        convert_file(source_file, out, options=Options(skip_scale=2.0))
+    assert not list(out.parent.iterdir())
+
+
+def test_bad_files_are_one_line_and_write_nothing(tmp_path, source_file):
+    page = tmp_path / 'page.pth'
+    page.write_text('<!doctype html><html>Not found</html>')
+    for src, words in ((page, 'a web page'), (tmp_path, 'is a directory')):
+        with pytest.raises(SystemExit, match=words):
+            tool()([str(src), str(tmp_path / 'ours.pth')])
+    with pytest.raises(SystemExit, match='end in .pth'):
+        tool()([str(source_file), str(tmp_path / 'ours.bin')])
+    same = tmp_path / 'same.pth'
+    source_file.rename(same)
+    with pytest.raises(SystemExit, match='is the source itself'):
+        tool()([str(same), str(same), '--skip-scale', '2', '--force'])
+    assert not (tmp_path / 'ours.pth').exists()
+
+
+def test_written_config_tests_and_trains(tmp_path):
+    """The config as written, with a folder of pictures in place of ImageNet."""
+    from mmengine.runner import Runner
+    from PIL import Image
+
+    spec = SMALL['deit']
+    torch.save({'model': as_saved(make_state(spec))}, tmp_path / 'deit.pth')
+    convert_file(
+        tmp_path / 'deit.pth',
+        tmp_path / 'out' / 'sp-deit.pth',
+        options=options_of(spec, cls_token_layer=1),
+    )
+    for name in 'abcdefg':
+        folder = tmp_path / 'data' / name
+        folder.mkdir(parents=True)
+        Image.new('RGB', (80, 70), (ord(name), 50, 9)).save(folder / '1.png')
+
+    cfg = Config.fromfile(tmp_path / 'out' / 'sp-deit.py')
+    assert Path(cfg.load_from).resolve() == (tmp_path / 'out' / 'sp-deit.pth').resolve()
+    assert cfg.data_preprocessor.num_classes == 7
+    assert cfg.test_dataloader.dataset.pipeline[1].scale == 73
+    assert cfg.train_dataloader.dataset.pipeline[1].scale == 64
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        pipeline = loader.dataset.pipeline
+        loader.dataset = dict(
+            type='CustomDataset', data_root=str(tmp_path / 'data'), pipeline=pipeline
+        )
+        loader.update(batch_size=4, num_workers=0, persistent_workers=False)
+    cfg.train_cfg.max_epochs = 1
+    cfg.param_scheduler = []
+    cfg.optim_wrapper.optimizer.lr = 0.0
+    cfg.work_dir = str(tmp_path / 'work')
+    cfg.val_evaluator = cfg.test_evaluator = dict(type='Accuracy', topk=(1,))
+    runner = Runner.from_cfg(cfg)
+    assert 0 <= runner.test()['accuracy/top1'] <= 100
+    loaded = runner.model.state_dict()
+    assert_same(loaded, torch.load(cfg.load_from, weights_only=True)['state_dict'])
+
+    runner = Runner.from_cfg(Config(dict(cfg, experiment_name='train')))
+    runner.train()
+    saved = torch.load(tmp_path / 'work' / 'epoch_1.pth', weights_only=False)
+    # At learning rate 0 what was trained is what was loaded.
+    assert_same(saved['state_dict'], loaded)
+
+
+def test_written_config_holds_for_oblong_images(tmp_path):
+    spec = SMALL['spvit, grid 3 x 5']
+    torch.save(as_saved(make_state(spec)), tmp_path / 'a.pth')
+    convert_file(tmp_path / 'a.pth', tmp_path / 'b.pth', options=options_of(spec))
+    cfg = Config.fromfile(tmp_path / 'b.py')
+    assert cfg.model.backbone.img_size == (48, 80)
+    # mmcv's order is width, height.
+    assert cfg.test_dataloader.dataset.pipeline[2].crop_size == (80, 48)
+    assert cfg.test_dataloader.dataset.pipeline[1].scale == (88, 53)
+    assert cfg.train_dataloader.dataset.type == 'TokenLabelDataset'
+    crop = cfg.train_dataloader.dataset.pipeline[1]
+    assert crop.type == 'TokenLabelRandomResizedCrop'
+    assert crop.scale == (80, 48)
+
+
+# ------------------------------------------- mmpretrain's own need no conversion
+
+
+@pytest.mark.parametrize('cls_token_layer', [0, 2])
+def test_mmpretrain_checkpoints_load_as_they_are(tmp_path, cls_token_layer):
+    init_default_scope('mmpretrain')
+    arch = dict(embed_dims=24, num_layers=4, num_heads=3, feedforward_channels=48)
+    torch.manual_seed(0)
+    vit = VisionTransformer(arch, img_size=64, out_type='raw')
+    vit.eval()
+    for param in vit.parameters():
+        torch.nn.init.normal_(param, std=0.2)
+    path = tmp_path / 'vit.pth'
+    head = {'head.layers.head.weight': torch.ones(2, 24)}
+    state = {f'backbone.{k}': v for k, v in vit.state_dict().items()}
+    torch.save(dict(state_dict={**state, **head}), path)
+    model = MODELS.build(
+        dict(
+            type='SPViT',
+            arch=arch,
+            img_size=64,
+            num_spsa_layers=2,
+            cls_token_layer=cls_token_layer,
+            out_type='raw',
+            init_cfg=dict(type='Pretrained', checkpoint=str(path), prefix='backbone'),
+        )
+    ).eval()
+    model.init_weights()
+    if cls_token_layer:
+        folded = vit.cls_token + vit.pos_embed[:, :1]
+        torch.testing.assert_close(model.cls_token, folded)
+        torch.testing.assert_close(model.pos_embed, vit.pos_embed[:, 1:])
+        return
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(images)[0], vit(images)[0], rtol=1e-5, atol=1e-5
+        )

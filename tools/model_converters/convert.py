@@ -1,0 +1,66 @@
+#!/usr/bin/env python
+"""Convert a checkpoint of SP-ViT, LV-ViT, DeiT or timm's ViT to ours, with its
+config, or (--to spvit) ours to the names of the released code."""
+
+import argparse
+import sys
+
+from spvit_mm.convert import CheckpointError, Options, convert_file
+from spvit_mm.convert.config import NORMALIZATIONS
+from spvit_mm.convert.convert import CLASSIFIERS, DISTILLED, TARGETS
+from spvit_mm.convert.state import WEIGHTS
+from spvit_mm.convert.structure import SOURCES
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('src', help='the checkpoint to read')
+    parser.add_argument('out', help='the .pth to write; its config is OUT with .py')
+    parser.add_argument(
+        '--from', dest='source', default='auto', choices=('auto', *SOURCES)
+    )
+    parser.add_argument('--to', dest='target', default='mm', choices=TARGETS)
+    parser.add_argument(
+        '--weights', default='auto', choices=WEIGHTS, help='auto: EMA if there is one'
+    )
+    parser.add_argument(
+        '--classifier',
+        default='auto',
+        choices=CLASSIFIERS,
+        help='plain leaves out an auxiliary head, auto keeps it',
+    )
+    parser.add_argument(
+        '--num-spsa-layers', type=int, help='deit, timm: layers to make SP-SA'
+    )
+    parser.add_argument(
+        '--cls-token-layer', type=int, help='the class token joins before this layer'
+    )
+    parser.add_argument(
+        '--hidden-dims', type=int, default=32, help='deit, timm: width of new priors'
+    )
+    parser.add_argument('--num-heads', type=int, help='where no weight shows it')
+    parser.add_argument('--skip-scale', type=float, help='divisor of the branches')
+    parser.add_argument('--norm-eps', type=float, help='eps of the layer norms')
+    parser.add_argument('--img-size', type=int, nargs=2, metavar=('H', 'W'))
+    parser.add_argument('--distilled', default='refuse', choices=DISTILLED)
+    parser.add_argument(
+        '--normalization', choices=tuple(NORMALIZATIONS), help='of the config'
+    )
+    parser.add_argument('--test-crop', type=float, help='of the config')
+    parser.add_argument('--force', action='store_true', help='overwrite OUT')
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = vars(parse_args(argv))
+    files = {
+        name: args.pop(name) for name in ('src', 'out', 'source', 'target', 'force')
+    }
+    try:
+        convert_file(**files, options=Options(**args))
+    except (CheckpointError, OSError) as error:
+        sys.exit(f'convert.py: {error}')
+
+
+if __name__ == '__main__':
+    main()
