@@ -1,0 +1,331 @@
+"""Run one of the paper's comparisons: settings x seeds, and a table with intervals.
+
+    python benchmarks/study.py --list
+    python benchmarks/study.py relative --seeds 5 --jobs 2
+    python benchmarks/study.py relative --config my_config.py --epochs 20
+
+Every run is a training of its own through ``tools/train.py``. A finished run is not
+repeated and a killed one goes on from its last checkpoint, so the same command resumes
+a study. The studies are in ``benchmarks/studies.yml``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.fileio import load
+
+from spvit_mm.engine import UserError, launch
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = ROOT / 'benchmarks' / 'studies.yml'
+CONFIG = ROOT / 'configs/classification/spvit-mini_1xb64-50e_digits.py'
+METRIC = 'accuracy/top1'
+
+
+class Run(NamedTuple):
+    """One training.
+
+    Attributes:
+        setting (str): Name of the setting.
+        seed (int): Random seed.
+        folder (Path): Its work dir.
+        overrides (dict): Dotted names and values over the config.
+    """
+
+    setting: str
+    seed: int
+    folder: Path
+    overrides: dict
+
+
+def load_study(name: str, path: Path = STUDIES) -> dict:
+    """Read a study; an unknown name is a UserError that lists the names."""
+    studies = load(str(path))
+    if name not in studies:
+        raise UserError(f'No study {name!r}. There are: {", ".join(studies)}.')
+    return studies[name]
+
+
+def expand(overrides: dict, cfg: Config) -> dict:
+    """Config overrides of a setting, its shorthands written out."""
+    out = {}
+    for key, value in overrides.items():
+        if key == 'data_fraction':
+            # As many batches an epoch as with all data, from the first samples.
+            data = cfg.train_dataloader.dataset.to_dict()
+            total = len(build_dataset(data))
+            data['indices'] = max(1, round(total * value))
+            out['train_dataloader.dataset'] = dict(
+                _delete_=True,
+                type='RepeatDataset',
+                times=max(1, round(1 / value)),
+                dataset=data,
+            )
+        else:
+            out[key.replace('backbone.', 'model.backbone.', 1)] = value
+    return out
+
+
+def build_dataset(data: dict):
+    """The dataset of a config, without its pipeline."""
+    from mmengine.registry import DefaultScope
+    from mmpretrain.registry import DATASETS
+
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return DATASETS.build({**data, 'pipeline': []})
+
+
+def plan(study: dict, cfg: Config, args, work_dir: Path) -> list[Run]:
+    """All runs of a study, seeds outermost so that partial results compare."""
+    runs = []
+    for seed in range(args.seeds):
+        for setting, overrides in study['settings'].items():
+            overrides = expand(overrides, cfg)
+            overrides['randomness.seed'] = seed
+            overrides['train_cfg.val_interval'] = study.get(
+                'val_interval', args.val_interval
+            )
+            if args.epochs is not None:
+                overrides['train_cfg.max_epochs'] = args.epochs
+            folder = work_dir / f'{setting.replace(" ", "_")}-seed{seed}'
+            runs.append(Run(setting, seed, folder, overrides))
+    return runs
+
+
+def write_config(run: Run, cfg: Config) -> Path:
+    """Write a run's config; a folder of other settings is refused.
+
+    Raises:
+        UserError: If the folder was made by a run of another config.
+    """
+    own = Config(cfg.to_dict(), filename=cfg.filename)
+    for key, value in run.overrides.items():
+        if isinstance(value, dict) and value.get('_delete_'):
+            value = {k: v for k, v in value.items() if k != '_delete_'}
+            parent = own
+            *path, last = key.split('.')
+            for part in path:
+                parent = parent[part]
+            parent[last] = value
+        else:
+            own.merge_from_dict({key: value})
+    text = own.pretty_text
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    stamp = run.folder / 'study.json'
+    if stamp.exists():
+        found = json.loads(stamp.read_text())
+        if found.get('config') != digest:
+            raise UserError(
+                f'{run.folder} holds a run of other settings. Give another '
+                '--work-dir, or remove that folder to run it anew.'
+            )
+    elif run.folder.exists() and any(run.folder.iterdir()):
+        raise UserError(
+            f'{run.folder} is not empty and no run of a study. Give another --work-dir.'
+        )
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / 'config.py'
+    path.write_text(text)
+    stamp.write_text(json.dumps(dict(config=digest, setting=run.setting)))
+    return path
+
+
+def curve_of(folder: Path) -> dict[int, float]:
+    """Accuracy by epoch of a run, over the logs of all its resumptions."""
+    curve = {}
+    for path in sorted(folder.glob('*/vis_data/scalars.json')):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            if METRIC in entry:
+                curve[entry['step']] = entry[METRIC]
+    return curve
+
+
+def run_all(runs: list[Run], configs: dict, jobs: int) -> None:
+    """Train what is not finished, ``jobs`` at a time."""
+    todo = [run for run in runs if not (run.folder / 'result.json').exists()]
+    print(f'{len(runs)} runs, {len(runs) - len(todo)} of them finished before.')
+    start, done, active = time.time(), 0, {}
+    queue = list(todo)
+    try:
+        while queue or active:
+            while queue and len(active) < jobs:
+                run = queue.pop(0)
+                command = [sys.executable, str(ROOT / 'tools/train.py')]
+                command += [str(configs[run.folder]), '--work-dir', str(run.folder)]
+                if (run.folder / 'last_checkpoint').exists():
+                    command.append('--resume')
+                log = open(run.folder / 'output.log', 'a')  # noqa: SIM115
+                env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+                process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+                active[process] = (run, log)
+            time.sleep(0.5)
+            for process in [p for p in active if p.poll() is not None]:
+                run, log = active.pop(process)
+                log.close()
+                if process.returncode:
+                    raise UserError(
+                        f'The run {run.folder} ended with code {process.returncode}; '
+                        f'see {run.folder}/output.log.'
+                    )
+                curve = curve_of(run.folder)
+                (run.folder / 'result.json').write_text(json.dumps(curve))
+                done += 1
+                left = (time.time() - start) / done * (len(todo) - done)
+                print(
+                    f'[{done}/{len(todo)}] {run.setting} seed {run.seed}: '
+                    f'{curve[max(curve)]:.2f} %, about {left / 60:.0f} min left',
+                    flush=True,
+                )
+    finally:
+        for process, (_, log) in active.items():
+            process.terminate()
+            process.wait()
+            log.close()
+
+
+def summarize(study: dict, runs: list[Run]) -> list[dict]:
+    """Mean and deviation of each setting, and its difference to the baseline.
+
+    The interval is that of a paired t-test over the seeds, 95 %.
+    """
+    from scipy import stats
+
+    final, reached = {}, {}
+    for run in runs:
+        curve = json.loads((run.folder / 'result.json').read_text())
+        curve = {int(epoch): value for epoch, value in curve.items()}
+        final.setdefault(run.setting, []).append(curve[max(curve)])
+        epochs = [e for e, value in curve.items() if value >= study.get('reach', 0)]
+        reached.setdefault(run.setting, []).append(min(epochs, default=np.nan))
+    base = np.array(final[study['baseline']])
+    rows = []
+    for setting, values in final.items():
+        values = np.array(values)
+        n = len(values)
+        row = dict(setting=setting, seeds=n, mean=values.mean())
+        row['std'] = values.std(ddof=1) if n > 1 else float('nan')
+        diff = values - base
+        row['difference'] = diff.mean()
+        spread = diff.std(ddof=1) / n**0.5 if n > 1 else float('nan')
+        row['interval'] = spread * stats.t.ppf(0.975, n - 1) if n > 1 else spread
+        if 'reach' in study:
+            # nan where a seed never does
+            row['epochs'] = np.mean(reached[setting])
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict], baseline: str) -> str:
+    """The summary in Markdown."""
+    lines = [
+        f'| setting | top-1 (%) | std | difference to {baseline} | 95 % interval |',
+        '| --- | --- | --- | --- | --- |',
+    ]
+    for row in rows:
+        low, high = (row['difference'] + s * row['interval'] for s in (-1, 1))
+        compared = (
+            '| | |'
+            if row['setting'] == baseline
+            else f'| {row["difference"]:+.2f} | {low:+.2f} .. {high:+.2f} |'
+        )
+        lines.append(
+            f'| {row["setting"]} | {row["mean"]:.2f} | {row["std"]:.2f} {compared}'
+        )
+    if 'epochs' in rows[0]:
+        lines[0] += ' epochs to get there |'
+        lines[1] += ' --- |'
+        lines[2:] = [
+            f'{x} {r["epochs"]:.1f} |' for x, r in zip(lines[2:], rows, strict=True)
+        ]
+    return '\n'.join(lines)
+
+
+def draw(name: str, study: dict, rows: list[dict], runs: list[Run], path: Path) -> None:
+    """Bars with the standard deviation, and the learning curves."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    FigureCanvasAgg(figure)
+    bars, curves = figure.subplots(1, 2)
+    names = [row['setting'] for row in rows]
+    bars.bar(names, [r['mean'] for r in rows], yerr=[r['std'] for r in rows], capsize=3)
+    low = min(r['mean'] - 2 * np.nan_to_num(r['std']) for r in rows)
+    bars.set_ylim(max(0, low - 1), None)
+    bars.set_ylabel('top-1 (%), mean and deviation over seeds')
+    bars.tick_params(axis='x', rotation=30)
+    for setting in names:
+        own = [
+            json.loads((run.folder / 'result.json').read_text())
+            for run in runs
+            if run.setting == setting
+        ]
+        epochs = sorted({int(epoch) for curve in own for epoch in curve})
+        mean = [np.mean([curve[str(e)] for curve in own]) for e in epochs]
+        curves.plot(epochs, mean, label=setting)
+    curves.set_xlabel('epoch')
+    curves.set_ylabel('top-1 (%), mean over seeds')
+    curves.legend(fontsize='small')
+    figure.suptitle(f'{name}: {study["claim"]}')
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str]) -> None:
+    parser = launch.ArgumentParser(
+        prog='study.py',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('study', nargs='?', help='name of the study')
+    parser.add_argument('--list', action='store_true', help='list the studies')
+    parser.add_argument('--config', default=str(CONFIG), help='what is trained')
+    parser.add_argument('--seeds', type=int, default=5, help='seeds 0, 1, ...')
+    parser.add_argument('--epochs', type=int, help="instead of the config's")
+    parser.add_argument('--val-interval', type=int, default=5, metavar='EPOCHS')
+    parser.add_argument('--jobs', type=int, default=2, help='runs side by side')
+    parser.add_argument('--work-dir', default='work_dirs/studies')
+    args = parser.parse_args(argv)
+    if args.list:
+        for name, study in load(str(STUDIES)).items():
+            print(f'{name:12} {len(study["settings"])} settings: {study["claim"]}')
+        return
+    if args.study is None:
+        raise UserError('Name a study, or --list them.')
+    if args.seeds < 1 or args.jobs < 1:
+        raise UserError(
+            f'--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}.'
+        )
+    study = load_study(args.study)
+    cfg = launch.load_config(args.config)
+    work_dir = Path(args.work_dir) / f'{args.study}_{Path(args.config).stem}'
+    runs = plan(study, cfg, args, work_dir)
+    configs = {run.folder: write_config(run, cfg) for run in runs}
+    run_all(runs, configs, args.jobs)
+
+    rows = summarize(study, runs)
+    print(f'\n{args.study}: {study["claim"]}')
+    print(f'Accuracy to get to: {study["reach"]} %\n' if 'reach' in study else '')
+    print(table(rows, study['baseline']))
+    with open(work_dir / 'results.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(args.study, study, rows, runs, work_dir / 'results.png')
+    print(f'\nWritten: {work_dir}/results.csv, {work_dir}/results.png')
+
+
+if __name__ == '__main__':
+    launch.run_cli(main, 'study.py')
