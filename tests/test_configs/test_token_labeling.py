@@ -29,6 +29,7 @@ def build_small(cfg):
         from spvit_mm.models import SPViT
 
         backbone.arch = {**SPViT.arch_zoo[backbone.arch], 'num_layers': 2}
+        backbone.num_spsa_layers = 1
     model = MODELS.build({**cfg.model, 'data_preprocessor': cfg.data_preprocessor})
     model.init_weights()
     return model

@@ -260,7 +260,7 @@ def test_command_line(images, tmp_path):
         )
 
     done = run('nowhere.pth')
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert 'nowhere.pth' in done.stderr
     assert 'Traceback' not in done.stderr
     done = run('teacher.pth')

@@ -1,20 +1,17 @@
 """Make the label maps of token labeling with a teacher of one's choice."""
 
-import argparse
-import sys
-
-import mmengine
 from mmpretrain import get_model
 
-import spvit_mm  # noqa: F401
 from spvit_mm.datasets.teacher import generate_token_labels
+from spvit_mm.engine import UserError, launch
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
+def parse_args(argv):
+    parser = launch.ArgumentParser(
+        prog='generate_token_labels.py',
         description='Writes <out>/<class folder>/<image stem>.pt, the label map of '
         'every image under a folder, in the format of the published ones. Run again, '
-        'it goes on where it stopped.'
+        'it goes on where it stopped.',
     )
     parser.add_argument('config', help="the teacher's config, or a name of mmpretrain")
     parser.add_argument('checkpoint', help="the teacher's weights")
@@ -40,15 +37,15 @@ def parse_args():
         metavar='N',
         help='draw N images beside their label maps to <out>/preview.png',
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main():
-    args = parse_args()
-    try:
-        if not mmengine.exists(args.checkpoint):
-            raise ValueError(f'The checkpoint {args.checkpoint!r} does not exist.')
+def main(argv):
+    args = parse_args(argv)
+    launch.check_checkpoint(args.checkpoint)
+    with launch.building('The teacher cannot be built'):
         model = get_model(args.config, pretrained=args.checkpoint, device=args.device)
+    try:
         counts = generate_token_labels(
             model,
             args.images,
@@ -62,7 +59,7 @@ def main():
             preview=args.preview,
         )
     except ValueError as error:
-        sys.exit(f'Error: {error}')
+        raise UserError(str(error)) from error
     print(
         f'{counts["written"]} label maps written, {counts["kept"]} kept: {args.out}'
         + (f'\nPreview: {args.out}/preview.png' if args.preview else '')
@@ -70,4 +67,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    launch.run_cli(main, 'generate_token_labels.py')
