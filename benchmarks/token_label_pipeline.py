@@ -49,8 +49,8 @@ def build_dataset(config, root):
     folder = dict(type='CustomDataset', data_prefix=f'{root}/images')
     if cfg.type != 'TokenLabelDataset':
         return DATASETS.build(dict(**folder, pipeline=cfg.pipeline))
-    cfg.update(dataset=folder, label_root=f'{root}/labels', num_classes=NUM_CLASSES)
-    return DATASETS.build(cfg)
+    cfg = {**cfg, 'dataset': folder, 'label_root': f'{root}/labels'}
+    return DATASETS.build(dict(**cfg, num_classes=NUM_CLASSES))
 
 
 def images_a_second(dataset, num_workers, batch_size, epochs):
