@@ -1,5 +1,6 @@
 """Data sets that need no download, and the transforms of our recipes."""
 
+from . import digit_scenes  # noqa: F401  (registers DigitScenes where mmseg is)
 from .digits import Digits
 from .token_label_transforms import (
     PackTokenLabelInputs,

@@ -1,0 +1,10 @@
+_base_ = [
+    '../_base_/models/upernet_spvit-small.py',
+    'mmseg::_base_/datasets/pascal_voc12_aug.py',
+    '../_base_/seg_default_runtime.py',
+    '../_base_/schedules/seg_bs16_lvvit_80k.py',
+]
+
+model = dict(decode_head=dict(num_classes=21), auxiliary_head=dict(num_classes=21))
+
+train_dataloader = dict(batch_size=4)

@@ -1,0 +1,5 @@
+"""Constructors of optimizers."""
+
+from .layer_decay import BackboneLayerDecayOptimWrapperConstructor
+
+__all__ = ['BackboneLayerDecayOptimWrapperConstructor']
