@@ -1,7 +1,7 @@
 # Crops of 512 x 1024 pixels: a grid of 32 x 64 patches.
 _base_ = [
     '../_base_/models/upernet_spvit-small.py',
-    'mmseg::_base_/datasets/cityscapes.py',
+    '../_base_/datasets/seg_cityscapes_512x1024.py',
     '../_base_/seg_default_runtime.py',
     '../_base_/schedules/seg_bs16_lvvit_80k.py',
 ]

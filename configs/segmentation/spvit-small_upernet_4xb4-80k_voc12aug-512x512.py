@@ -1,6 +1,6 @@
 _base_ = [
     '../_base_/models/upernet_spvit-small.py',
-    'mmseg::_base_/datasets/pascal_voc12_aug.py',
+    '../_base_/datasets/seg_voc12aug_512x512.py',
     '../_base_/seg_default_runtime.py',
     '../_base_/schedules/seg_bs16_lvvit_80k.py',
 ]

@@ -1,6 +1,6 @@
 _base_ = [
     '../_base_/models/upernet_spvit-small.py',
-    'mmseg::_base_/datasets/ade20k.py',
+    '../_base_/datasets/seg_ade20k_512x512.py',
     '../_base_/seg_default_runtime.py',
     '../_base_/schedules/seg_bs16_lvvit_160k.py',
 ]

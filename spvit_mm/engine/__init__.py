@@ -7,21 +7,27 @@ from .hooks import (
     LoadReport,
     LoadReportHook,
     RandomStateHook,
+    SegDataCheckHook,
     load_whole_checkpoint,
 )
 from .optim import BFloat16OptimWrapper
+from .optimizers import BackboneLayerDecayOptimWrapperConstructor
+from .seg_checks import check_seg_dataset
 
 __all__ = [
     'AtomicCheckpointHook',
     'BFloat16OptimWrapper',
+    'BackboneLayerDecayOptimWrapperConstructor',
     'CorruptImageError',
     'DataCheckHook',
     'LoadReport',
     'LoadReportHook',
     'RandomStateHook',
+    'SegDataCheckHook',
     'UserError',
     'attention_flops',
     'check_dataset',
+    'check_seg_dataset',
     'guard_images',
     'load_whole_checkpoint',
     'register_flop_counter',

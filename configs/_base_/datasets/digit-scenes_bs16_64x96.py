@@ -5,9 +5,7 @@ dataset_type = 'DigitScenes'
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(
-        type='RandomResize', scale=(96, 64), ratio_range=(0.85, 1.3), keep_ratio=True
-    ),
+    dict(type='RandomResize', scale=(96, 64), ratio_range=(0.85, 1.3), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(64, 96)),
     dict(type='PackSegInputs'),
 ]

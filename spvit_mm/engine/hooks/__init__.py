@@ -2,6 +2,7 @@ from .checkpoint import AtomicCheckpointHook
 from .data_check import DataCheckHook
 from .load_report import LoadReport, LoadReportHook, load_whole_checkpoint
 from .random_state import RandomStateHook
+from .seg_data_check import SegDataCheckHook
 
 __all__ = [
     'AtomicCheckpointHook',
@@ -9,5 +10,6 @@ __all__ = [
     'LoadReport',
     'LoadReportHook',
     'RandomStateHook',
+    'SegDataCheckHook',
     'load_whole_checkpoint',
 ]
