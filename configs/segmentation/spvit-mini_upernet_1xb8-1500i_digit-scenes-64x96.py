@@ -1,7 +1,7 @@
 # A small SP-ViT with UPerNet on scenes of handwritten digits: no download, a few
 # minutes on a laptop.
 _base_ = [
-    '../_base_/datasets/digit-scenes_bs16_64x96.py',
+    '../_base_/datasets/digit-scenes_bs8_64x96.py',
     '../_base_/seg_default_runtime.py',
 ]
 
@@ -54,9 +54,9 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=100, end=2000),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=100, end=1500),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=2000, val_interval=500)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1500, val_interval=500)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 

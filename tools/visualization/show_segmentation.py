@@ -1,0 +1,93 @@
+#!/usr/bin/env python
+"""Draw images, ground truth and prediction of a segmentor side by side."""
+
+import os
+
+import mmcv
+import numpy as np
+import torch
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import MODELS, init_default_scope
+
+from spvit_mm.engine import (
+    UserError,
+    check_seg_dataset,
+    launch,
+    load_whole_checkpoint,
+)
+
+
+def colour(mask, palette):
+    """Turn classes (h, w) into colours (h, w, 3); the ignored become grey."""
+    table = np.full((256, 3), 128, np.uint8)
+    table[: len(palette)] = palette
+    return table[mask.astype(np.uint8)]
+
+
+def main(argv: list) -> None:
+    parser = launch.ArgumentParser(
+        prog='show_segmentation.py', description=__doc__
+    )
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument('checkpoint', help='path of the checkpoint')
+    parser.add_argument('--out', default='segmentation.png', help='the PNG to write')
+    parser.add_argument(
+        '--number', type=int, default=6, help='how many images (default: 6)'
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=launch.DictAction, metavar='KEY=VALUE'
+    )
+    args = parser.parse_args(argv)
+    if args.number < 1:
+        raise UserError(f'--number must be at least 1, got {args.number}.')
+    if not args.out.endswith('.png'):
+        raise UserError(f'--out must end in .png, got {args.out}.')
+    launch.check_checkpoint(args.checkpoint)
+    cfg = launch.load_config(args.config, args.cfg_options)
+    if launch.scope_of(cfg) != 'mmseg':
+        raise UserError(
+            f'{args.config} is of the scope {launch.scope_of(cfg)}, not mmseg.'
+        )
+    init_default_scope('mmseg')
+
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    from mmseg.registry import DATASETS
+
+    with launch.building_data(cfg.test_dataloader, 'test'):
+        dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    with launch.building(f'The model of {args.config} cannot be built'):
+        model = MODELS.build(cfg.model).eval()
+    check_seg_dataset(dataset, 'test', model.decode_head.num_classes)
+    load_whole_checkpoint(model, args.checkpoint)
+
+    number = min(args.number, len(dataset))
+    palette = dataset.metainfo['palette']
+    figure, axes = plt.subplots(
+        number, 3, figsize=(9, 2.2 * number), squeeze=False, layout='constrained'
+    )
+    chosen = np.linspace(0, len(dataset) - 1, number).astype(int)
+    for row, i in zip(axes, chosen.tolist(), strict=True):
+        data = dataset[i]
+        with torch.no_grad():
+            sample = model.test_step(pseudo_collate([data]))[0]
+        predicted = sample.pred_sem_seg.data[0].cpu().numpy()
+        truth = sample.gt_sem_seg.data[0].cpu().numpy()
+        row[0].imshow(mmcv.imread(sample.img_path, channel_order='rgb'))
+        row[1].imshow(colour(truth, palette), interpolation='nearest')
+        row[2].imshow(colour(predicted, palette), interpolation='nearest')
+        for axis in row:
+            axis.axis('off')
+    for axis, title in zip(
+        axes[0], ('image', 'ground truth', 'prediction'), strict=True
+    ):
+        axis.set_title(title)
+    os.makedirs(os.path.dirname(args.out) or '.', exist_ok=True)
+    figure.savefig(args.out, dpi=110)
+    print(f'Wrote {args.out}')
+
+
+if __name__ == '__main__':
+    launch.run_cli(main, 'show_segmentation.py')
