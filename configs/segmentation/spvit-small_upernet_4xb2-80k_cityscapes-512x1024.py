@@ -18,3 +18,4 @@ model = dict(
 
 train_dataloader = dict(batch_size=2)
 auto_scale_lr = dict(base_batch_size=8)
+default_hooks = dict(checkpoint=dict(interval=8000))

@@ -8,3 +8,4 @@ _base_ = [
 model = dict(decode_head=dict(num_classes=21), auxiliary_head=dict(num_classes=21))
 
 train_dataloader = dict(batch_size=4)
+default_hooks = dict(checkpoint=dict(interval=8000))

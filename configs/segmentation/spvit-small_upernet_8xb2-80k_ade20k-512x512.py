@@ -6,3 +6,4 @@ _base_ = [
 ]
 
 train_dataloader = dict(batch_size=2)
+default_hooks = dict(checkpoint=dict(interval=8000))

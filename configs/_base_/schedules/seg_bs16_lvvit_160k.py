@@ -20,5 +20,4 @@ train_cfg = dict(type='IterBasedTrainLoop', max_iters=160000, val_interval=16000
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
-default_hooks = dict(checkpoint=dict(by_epoch=False, interval=16000))
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -6,4 +6,3 @@ param_scheduler = [
 ]
 
 train_cfg = dict(max_iters=80000, val_interval=8000)
-default_hooks = dict(checkpoint=dict(interval=8000))

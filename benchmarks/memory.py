@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""Peak memory of SP-ViT at large images, beside the same model without priors.
+
+Inference of SP-ViT-S and training of SP-DeiT-Ti at 1024 x 1024 (4,096 tokens), one
+image, on the CPU in float32; every figure is the peak resident memory of a process
+of its own. ``start`` is the same process before the forward.
+
+    python benchmarks/memory.py
+"""
+
+import argparse
+import csv
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CASES = {
+    'inference of SP-ViT-S': dict(arch='spvit-small', train=False),
+    'training of SP-DeiT-Ti': dict(arch='deit-tiny', train=True),
+}
+FIELDS = ('case', 'layers', 'size', 'kernel', 'start_mb', 'peak_mb', 'seconds')
+
+
+def peak_mb():
+    """Peak resident memory of this process so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == 'darwin' else peak * 1024 / 1e6
+
+
+def measure(case, without_priors, size, kernel):
+    """Build the model of a case and run it once on one image; a row of FIELDS."""
+    import torch
+    from mmpretrain.registry import MODELS
+
+    import spvit_mm  # noqa: F401
+
+    torch.manual_seed(0)
+    settings = CASES[case]
+    layers = dict(num_spsa_layers=0) if without_priors else {}
+    model = MODELS.build(
+        dict(
+            type='mmpretrain.SPViT',
+            arch=settings['arch'],
+            img_size=size,
+            out_type='featmap',
+            attn_cfg=dict(type='SpatialPriorAttention', attn_impl=kernel),
+            **layers,
+        )
+    ).train(settings['train'])
+    images = torch.rand(1, 3, size, size)
+    start = peak_mb()
+    begin = time.perf_counter()
+    with torch.set_grad_enabled(settings['train']):
+        (features,) = model(images)
+        if settings['train']:
+            features.square().mean().backward()
+    return dict(
+        case=case,
+        layers=model.num_spsa_layers,
+        size=size,
+        kernel=kernel,
+        start_mb=round(start),
+        peak_mb=round(peak_mb()),
+        seconds=round(time.perf_counter() - begin, 1),
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--size', type=int, default=1024, help='side of the image')
+    parser.add_argument(
+        '--kernel', default='auto', choices=['auto', 'eager', 'chunked', 'flex']
+    )
+    parser.add_argument('--out', type=Path, default=Path('outputs/memory.csv'))
+    parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.size < 16:
+        parser.error(f'--size must be at least one patch, 16 pixels, got {args.size}')
+    if args.one:
+        case, without_priors = args.one
+        row = measure(case, bool(int(without_priors)), args.size, args.kernel)
+        print('ROW ' + json.dumps(row))
+        return
+
+    rows = []
+    print('| case | SP-SA layers | tokens | peak MB | of it before the forward | s |')
+    print('| --- | --- | --- | --- | --- | --- |')
+    for case in CASES:
+        for without_priors in (0, 1):
+            command = [sys.executable, __file__, '--one', case, str(without_priors)]
+            command += ['--size', str(args.size), '--kernel', args.kernel]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            found = [x for x in done.stdout.splitlines() if x.startswith('ROW ')]
+            if done.returncode or not found:
+                # Killed by the kernel (-9) is what running out of memory looks like.
+                print(f'| {case} | failed, exit code {done.returncode} | | | | |')
+                continue
+            row = json.loads(found[0][4:])
+            rows.append(row)
+            tokens = (-(-args.size // 16)) ** 2
+            print(
+                f'| {case} | {row["layers"]} | {tokens} | {row["peak_mb"]} | '
+                f'{row["start_mb"]} | {row["seconds"]} |',
+                flush=True,
+            )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open('w', newline='') as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f'Wrote {args.out}')
+    if len(rows) < 2 * len(CASES):
+        raise SystemExit(1)
+
+
+if __name__ == '__main__':
+    main()
