@@ -21,6 +21,8 @@ model = dict(
         arch=dict(embed_dims=64, num_layers=4, num_heads=4, feedforward_channels=128),
         img_size=(64, 96),
         patch_size=4,
+        stem=dict(type='ConvStem', stem_channels=24),
+        with_peg=True,
         num_spsa_layers=3,
         out_type='featmap',
         out_indices=(0, 1, 2, 3),

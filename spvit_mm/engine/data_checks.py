@@ -82,6 +82,14 @@ def building_data(dataloader_cfg, split: str):
         raise
     except (OSError, RuntimeError, AssertionError, ValueError, KeyError) as error:
         cfg = dataloader_cfg['dataset'] if isinstance(dataloader_cfg, dict) else {}
+        if 'need at least one array to concatenate' in str(error):
+            # mmengine's words for a data set that has found nothing.
+            suffix = cfg.get('img_suffix')
+            named = f' named *{suffix} (img_suffix)' if suffix else ''
+            raise UserError(
+                f'The {split} data ({cfg.get("type")}) holds no images{named}. '
+                f'{_describe_config(cfg)}'
+            ) from error
         reason = str(error.args[0] if error.args else error).strip().rstrip('.')
         raise UserError(
             f'The {split} data ({cfg.get("type")}) cannot be read: '

@@ -149,9 +149,10 @@ def test_the_metafile():
 def test_not_in_the_model_hub():
     from mmpretrain.apis.model import ModelHub
 
-    assert 'configs/segmentation/metafile.yml' in load(str(ROOT / 'model-index.yml'))[
-        'Import'
-    ]
+    assert (
+        'configs/segmentation/metafile.yml'
+        in load(str(ROOT / 'model-index.yml'))['Import']
+    )
     assert not [name for name in NAMES if ModelHub.has(name)]
 
 

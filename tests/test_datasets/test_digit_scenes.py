@@ -48,7 +48,10 @@ def test_sources_share_no_digit():
 
 def test_items(tmp_path):
     sizes = [(64, 96), (96, 48)]
-    pipeline = [dict(type='mmseg.LoadImageFromFile'), dict(type='mmseg.LoadAnnotations')]
+    pipeline = [
+        dict(type='mmseg.LoadImageFromFile'),
+        dict(type='mmseg.LoadAnnotations'),
+    ]
     dataset = DigitScenes(
         sizes=sizes, num_scenes=40, data_root=tmp_path, pipeline=pipeline
     )

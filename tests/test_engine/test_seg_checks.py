@@ -117,8 +117,17 @@ def test_missing_mask(project, capsys):
 
 def test_empty_split(project, capsys):
     line = message(capsys, project, 'train_dataloader.dataset.img_suffix=.jpg')
-    assert 'no images named *.jpg' in line or 'holds no images' in line
-    assert f'{project}/data/images' in line
+    assert 'holds no images named *.jpg (img_suffix)' in line
+    assert f'{project}/data/images holds 0 sub-folders and, in all of them' in line
+    assert '4 .png' in line
+
+
+def test_empty_folder(project, capsys):
+    for path in (project / 'data/images').iterdir():
+        path.unlink()
+    line = message(capsys, project)
+    assert 'holds no images named *.png (img_suffix)' in line
+    assert f'{project}/data/images holds 0 sub-folders' in line
 
 
 def test_crop_smaller_than_a_patch(project, capsys):

@@ -11,7 +11,11 @@ ARCH = dict(embed_dims=16, num_layers=4, num_heads=2, feedforward_channels=32)
 
 def build(**kwargs):
     cfg = dict(
-        type='mmpretrain.SPViT', arch=ARCH, img_size=32, patch_size=8, out_type='featmap'
+        type='mmpretrain.SPViT',
+        arch=ARCH,
+        img_size=32,
+        patch_size=8,
+        out_type='featmap',
     )
     model = MODELS.build({**cfg, **kwargs})
     model.init_weights()
@@ -94,9 +98,8 @@ def test_a_classifier_fits_but_for_its_head(arch, tmp_path):
         classifier = MODELS.build(
             dict(
                 type='mmpretrain.ImageClassifier',
-                backbone=dict(
-                    type='mmpretrain.SPViT', arch=arch, num_spsa_layers=1
-                ),
+                data_preprocessor=dict(type='mmpretrain.ClsDataPreprocessor'),
+                backbone=dict(type='mmpretrain.SPViT', arch=arch, num_spsa_layers=1),
                 head=dict(
                     type='mmpretrain.VisionTransformerClsHead',
                     num_classes=10,
@@ -122,9 +125,7 @@ def test_a_classifier_fits_but_for_its_head(arch, tmp_path):
     model = MODELS.build(
         dict(
             **cfg,
-            init_cfg=dict(
-                type='Pretrained', checkpoint=str(path), prefix='backbone.'
-            ),
+            init_cfg=dict(type='Pretrained', checkpoint=str(path), prefix='backbone.'),
         )
     )
     model.init_weights()

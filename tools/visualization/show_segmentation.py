@@ -25,9 +25,7 @@ def colour(mask, palette):
 
 
 def main(argv: list) -> None:
-    parser = launch.ArgumentParser(
-        prog='show_segmentation.py', description=__doc__
-    )
+    parser = launch.ArgumentParser(prog='show_segmentation.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument('--out', default='segmentation.png', help='the PNG to write')
