@@ -102,8 +102,15 @@ def read_config(task, args):
         type='CheckpointHook', by_epoch=False, interval=args.iters
     )
     cfg.log_level = 'WARNING'
-    if args.data_root:
-        for split in ('train', 'test'):
+    for split in ('train', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        if task == 'cifar10':
+            pipeline = [dict(type='LoadImageFromFile'), *dataset.pipeline]
+            cfg[f'{split}_dataloader'].dataset = dict(
+                type='CustomDataset', data_prefix=split, pipeline=pipeline
+            )
+            cfg.data_preprocessor.to_rgb = True
+        if args.data_root:
             cfg[f'{split}_dataloader'].dataset.data_root = str(args.data_root)
     return cfg, metric
 
@@ -171,7 +178,9 @@ def main():
     if args.seeds < 1:
         parser.error(f'--seeds must be at least 1, got {args.seeds}')
     if args.task == 'cifar10' and args.data_root is None:
-        parser.error('cifar10 needs --data-root, the folder of cifar-10-batches-py')
+        parser.error(
+            'cifar10 needs --data-root, a folder with train/CLASS/*.jpg and test/CLASS/*.jpg'
+        )
     out = args.out or Path(f'outputs/resolution-{args.task}')
 
     import spvit_mm  # noqa: F401

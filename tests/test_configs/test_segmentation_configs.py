@@ -12,6 +12,7 @@ from mmengine.dataset.utils import pseudo_collate
 from mmengine.fileio import load
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.visualization import Visualizer
 
 from spvit_mm.models import SPViT
 from tests.test_tools.test_train_test import command
@@ -70,20 +71,22 @@ def test_config(name, tmp_path):
     mask = rng.integers(1, classes, (90, 150), dtype=np.uint8)
     mmcv.imwrite(image, str(tmp_path / 'image.png'))
     mmcv.imwrite(mask, str(tmp_path / 'mask.png'))
-    info = dict(
-        img_path=str(tmp_path / 'image.png'),
-        seg_map_path=str(tmp_path / 'mask.png'),
-        seg_fields=[],
-        label_map=None,
-        reduce_zero_label='ade20k' in name,
-    )
+
+    def info():
+        return dict(
+            img_path=str(tmp_path / 'image.png'),
+            seg_map_path=str(tmp_path / 'mask.png'),
+            seg_fields=[],
+            label_map=None,
+            reduce_zero_label='ade20k' in name,
+        )
 
     cfg, size = small(cfg)
     for step in cfg.train_dataloader.dataset.pipeline:
         if step.type == 'RandomCrop':
             step.crop_size = tuple(size)
     train = Compose(cfg.train_dataloader.dataset.pipeline)
-    batch = pseudo_collate([train({**info}), train({**info})])
+    batch = pseudo_collate([train(info()), train(info())])
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     model.init_weights()
     model.train()
@@ -103,9 +106,9 @@ def test_config(name, tmp_path):
             step.scale = (200, 90)
     test = Compose(cfg.test_dataloader.dataset.pipeline)
     with torch.no_grad():
-        (sample,) = model.test_step(pseudo_collate([test({**info})]))
+        (sample,) = model.test_step(pseudo_collate([test(info())]))
     assert sample.pred_sem_seg.data.shape == (1, 90, 150)
-    assert 0 <= sample.pred_sem_seg.data.min()
+    assert sample.pred_sem_seg.data.min() >= 0
     assert sample.pred_sem_seg.data.max() < classes
 
 
@@ -119,13 +122,18 @@ def test_data_and_optimizer(name):
     for split in ('train', 'val', 'test'):
         dataset = cfg[f'{split}_dataloader'].dataset
         if dataset.type != 'DigitScenes':
-            dataset = DATASETS.build({**dataset, 'lazy_init': True})
             assert split == 'train' or dataset.test_mode
-            classes = dataset.metainfo['classes']
+            if dataset.type != 'PascalVOCDataset':  # which looks for its files
+                dataset = DATASETS.build({**dataset, 'lazy_init': True})
+            metainfo = getattr(dataset, 'metainfo', None)
+            metainfo = metainfo or DATASETS.get(dataset.type).METAINFO
+            classes = metainfo['classes']
             assert len(classes) == cfg.model.decode_head.num_classes
     assert cfg.test_dataloader == cfg.val_dataloader
     assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
     assert METRICS.build(cfg.val_evaluator) is not None
+    # A runner makes it before the hooks.
+    Visualizer.get_instance('test_segmentation_configs')
     for hook in [*cfg.default_hooks.values(), *cfg.custom_hooks]:
         HOOKS.build(hook)
     cfg, _ = small(cfg)
@@ -140,7 +148,9 @@ def test_the_metafile():
     assert sorted(model['Name'] for model in models) == NAMES
     for entry in models:
         cfg = Config.fromfile(str(ROOT / entry['Config']))
-        with torch.device('meta'):
+        # Segmenter's head reads numbers out of tensors as it is built.
+        meta = 'segmenter' not in entry['Name']
+        with torch.device('meta' if meta else 'cpu'):
             model = MODELS.build(cfg.model)
         count = sum(p.numel() for p in model.parameters())
         assert count == entry['Metadata']['Parameters'], entry['Name']
