@@ -6,6 +6,7 @@ import threading
 import mmcv
 import numpy as np
 import pytest
+from mmengine.registry import DefaultScope
 
 from spvit_mm.datasets.digits import load_digits_arrays, split_indices
 
@@ -49,12 +50,13 @@ def test_sources_share_no_digit():
 def test_items(tmp_path):
     sizes = [(64, 96), (96, 48)]
     pipeline = [
-        dict(type='mmseg.LoadImageFromFile'),
-        dict(type='mmseg.LoadAnnotations'),
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations'),
     ]
-    dataset = DigitScenes(
-        sizes=sizes, num_scenes=40, data_root=tmp_path, pipeline=pipeline
-    )
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        dataset = DigitScenes(
+            sizes=sizes, num_scenes=40, data_root=tmp_path, pipeline=pipeline
+        )
     assert len(dataset) == 40
     assert len(dataset.metainfo['classes']) == len(dataset.metainfo['palette']) == 11
     seen = set()

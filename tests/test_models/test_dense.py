@@ -89,7 +89,7 @@ def test_into_another_size_and_back(coords):
 
 
 @pytest.mark.parametrize('arch', ['deit-tiny', 'spvit-small'])
-def test_a_classifier_fits_but_for_its_head(arch, tmp_path):
+def test_a_classifier_fits_but_for_its_head(arch, tmp_path, mmpretrain_scope):
     from spvit_mm.models import SPViT
 
     arch = {**SPViT.arch_zoo[arch], 'num_layers': 2}

@@ -60,7 +60,7 @@ def test_learning_rates(share_prior):
     assert sorted(ids) == sorted(named)
 
 
-def test_classifiers_are_as_with_mmpretrains():
+def test_classifiers_are_as_with_mmpretrains(mmpretrain_scope):
     model = MODELS.build(
         dict(
             type='mmpretrain.ImageClassifier',
