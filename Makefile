@@ -9,10 +9,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.spvit_mm-ready
 READY_OPENMMLAB := $(VENV_OPENMMLAB)/.spvit_mm-ready
 
-.PHONY: help install quickstart demo-tokenlabel test test-slow lint smoke-openmmlab
+.PHONY: help install quickstart demo-segmentation demo-tokenlabel test test-slow lint smoke-openmmlab
 
 help:
 	@echo 'make quickstart       train, evaluate and look inside an SP-ViT on handwritten digits'
+	@echo 'make demo-segmentation  UPerNet on SP-ViT on scenes of handwritten digits: mIoU and pictures'
 	@echo 'make demo-tokenlabel  token labeling on the digits: top-1 with and without, 3 seeds'
 	@echo 'make test             the test suite (under 10 minutes on 2 cores)'
 	@echo 'make test-slow        the tests that take longer'
@@ -32,6 +33,9 @@ $(READY): requirements/readme.txt requirements/dev.txt setup.cfg pyproject.toml
 
 quickstart: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/quickstart.sh
+
+demo-segmentation: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo_segmentation.sh
 
 demo-tokenlabel: $(READY)
 	$(BIN)/python benchmarks/digits_token_labeling.py
