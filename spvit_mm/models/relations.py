@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from mmpretrain.registry import MODELS
 
-from .priors import SpatialPrior, place_offsets, relative_offsets
+from .priors import SpatialPrior, compute_dtype, place_offsets, relative_offsets
 
 
 @MODELS.register_module()
@@ -240,7 +240,7 @@ def resize_table(table, hw, coords='scaled'):
     """
     if tuple(table.shape[-2:]) == table_size(hw):
         return table
-    dtype = torch.promote_types(table.dtype, torch.float32)
+    dtype = compute_dtype(table.dtype)
     offsets = relative_offsets(hw, table.device).to(dtype)
     grid = torch.tensor([(side + 1) // 2 for side in table.shape[-2:]])
     offsets = place_offsets(offsets, hw, grid, coords)

@@ -14,7 +14,7 @@ from mmpretrain.registry import MODELS
 
 from ..ops import expand_prior
 from .attention import GridAttention
-from .priors import relative_offsets
+from .priors import compute_dtype, relative_offsets
 from .relations import check_grid, fit_table, resize_table, table_size
 
 
@@ -112,7 +112,7 @@ class GatedPositionalAttention(GridAttention):
 
     def position_scores(self, hw_shape):
         """v_h . (||r||^2, r_x, r_y) at every offset, (heads, 2H-1, 2W-1)."""
-        dtype = torch.promote_types(self.position.dtype, torch.float32)
+        dtype = compute_dtype(self.position.dtype)
         offsets = relative_offsets(hw_shape, self.position.device).to(dtype)
         squares = offsets.square().sum(dim=-1, keepdim=True)
         features = torch.cat((squares, offsets), dim=-1)
@@ -139,7 +139,7 @@ class GatedPositionalAttention(GridAttention):
     def mix(self, scores, hw_shape):
         """A_h (B, heads, T, T) of the scaled content scores (B, heads, T, T)."""
         with torch.autocast(scores.device.type, enabled=False):
-            dtype = torch.promote_types(scores.dtype, torch.float32)
+            dtype = compute_dtype(scores.dtype)
             content = scores.to(dtype).softmax(dim=-1)
             table = self.position_scores(hw_shape).to(dtype)
             position = expand_prior(table, hw_shape).softmax(dim=-1)
