@@ -6,6 +6,7 @@ from .hooks import (
     DataCheckHook,
     LoadReport,
     LoadReportHook,
+    PriorVisualizationHook,
     RandomStateHook,
     load_whole_checkpoint,
 )
@@ -18,6 +19,7 @@ __all__ = [
     'DataCheckHook',
     'LoadReport',
     'LoadReportHook',
+    'PriorVisualizationHook',
     'RandomStateHook',
     'UserError',
     'attention_flops',

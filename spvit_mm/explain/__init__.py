@@ -1,5 +1,25 @@
 """What a trained model has learned."""
 
+from .attention_maps import QueryAttention, draw_query_attention, query_attention
+from .figures import figure_to_image
 from .prior_maps import PriorMap, collect_priors, draw_priors
+from .prior_stats import HeadFocus, format_focus, head_focus, write_focus
+from .recording import AttentionMap, Recording, attention_terms, record_attention
 
-__all__ = ['PriorMap', 'collect_priors', 'draw_priors']
+__all__ = [
+    'AttentionMap',
+    'HeadFocus',
+    'PriorMap',
+    'QueryAttention',
+    'Recording',
+    'attention_terms',
+    'collect_priors',
+    'draw_priors',
+    'draw_query_attention',
+    'figure_to_image',
+    'format_focus',
+    'head_focus',
+    'query_attention',
+    'record_attention',
+    'write_focus',
+]

@@ -1,6 +1,7 @@
 from .checkpoint import AtomicCheckpointHook
 from .data_check import DataCheckHook
 from .load_report import LoadReport, LoadReportHook, load_whole_checkpoint
+from .prior_visualization_hook import PriorVisualizationHook
 from .random_state import RandomStateHook
 
 __all__ = [
@@ -8,6 +9,7 @@ __all__ = [
     'DataCheckHook',
     'LoadReport',
     'LoadReportHook',
+    'PriorVisualizationHook',
     'RandomStateHook',
     'load_whole_checkpoint',
 ]
