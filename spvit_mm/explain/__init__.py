@@ -5,8 +5,22 @@ from .figures import figure_to_image
 from .prior_maps import PriorMap, collect_priors, draw_priors
 from .prior_stats import HeadFocus, format_focus, head_focus, write_focus
 from .recording import AttentionMap, Recording, attention_terms, record_attention
+from .relevance import METHODS as RELEVANCE_METHODS
+from .relevance import (
+    Perturbation,
+    class_scores,
+    draw_relevance,
+    perturbation_test,
+    relevance_maps,
+)
 
 __all__ = [
+    'RELEVANCE_METHODS',
+    'Perturbation',
+    'class_scores',
+    'draw_relevance',
+    'perturbation_test',
+    'relevance_maps',
     'AttentionMap',
     'HeadFocus',
     'PriorMap',
