@@ -2,7 +2,13 @@
 
 from .attention_maps import QueryAttention, draw_query_attention, query_attention
 from .figures import figure_to_image
-from .prior_maps import PriorMap, collect_priors, draw_priors
+from .prior_maps import (
+    PriorMap,
+    collect_priors,
+    draw_comparison,
+    draw_priors,
+    draw_strip,
+)
 from .prior_stats import HeadFocus, format_focus, head_focus, write_focus
 from .recording import AttentionMap, Recording, attention_terms, record_attention
 from .relevance import METHODS as RELEVANCE_METHODS
@@ -28,7 +34,9 @@ __all__ = [
     'Recording',
     'attention_terms',
     'collect_priors',
+    'draw_comparison',
     'draw_priors',
+    'draw_strip',
     'draw_query_attention',
     'figure_to_image',
     'format_focus',

@@ -274,13 +274,16 @@ def draw_relevance(pictures, columns, captions=None):
             ax = axes[i, j + 1]
             heat = maps[i].float().cpu().numpy()
             heat = heat / max(float(heat.max()), 1e-12)
+            # A dark picture, and colour only where there is relevance.
+            extent = (0, width, height, 0)
+            ax.imshow(picture // 2, extent=extent, interpolation='nearest')
             ax.imshow(
                 heat,
-                extent=(0, width, height, 0),
+                extent=extent,
                 cmap='inferno',
                 vmin=0,
                 vmax=1,
-                alpha=0.65,
+                alpha=0.15 + 0.7 * heat,
                 interpolation='bilinear',
             )
             if captions is not None:
