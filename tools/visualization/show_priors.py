@@ -66,9 +66,9 @@ def main(argv: list) -> None:
             osp.splitext(osp.basename(c))[0] for c in (args.config, args.compare[0])
         ]
         if names[0] == names[1]:
-            names = [f'{n} {i}' for i, n in enumerate(names, 1)]
-        short = [n.split('_1x')[0] for n in names]
-        names = short if short[0] != short[1] else names
+            names = [osp.basename(c) for c in (path, args.compare[1])]
+        if names[0] == names[1]:
+            names = ['first', 'second']
         figure = draw_comparison(dict(zip(names, (maps, other), strict=True)))
     elif len(steps) > 1:
         figure = draw_strip(steps, title)
