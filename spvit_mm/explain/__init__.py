@@ -1,6 +1,13 @@
 """What a trained model has learned."""
 
 from .attention_maps import QueryAttention, draw_query_attention, query_attention
+from .binarize import (
+    BinarizedAttention,
+    OffsetMass,
+    binarize,
+    keep_offsets,
+    offset_mass,
+)
 from .figures import figure_to_image
 from .prior_maps import (
     PriorMap,
@@ -21,6 +28,11 @@ from .relevance import (
 )
 
 __all__ = [
+    'BinarizedAttention',
+    'OffsetMass',
+    'binarize',
+    'keep_offsets',
+    'offset_mass',
     'RELEVANCE_METHODS',
     'Perturbation',
     'class_scores',

@@ -122,3 +122,23 @@ def test_relevance_of_image_files(checkpoint, tmp_path, capsys):
         with pytest.raises(SystemExit):
             run('visualization/show_relevance.py', *args, tmp_path / name)
         assert message in capsys.readouterr().err
+
+
+def test_binarized_priors(checkpoint, tmp_path, capsys):
+    path = checkpoint(CONFIG)
+    args = ('--keep', '0.3', '1', '--mass-batches', '1', '--finetune', '1')
+    run('analysis/binarize_priors.py', CONFIG, path, *args)
+    with open(tmp_path / 'binarized.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r['keep']) for r in rows] == [1, 0.3]
+    assert [float(r['offsets']) for r in rows] == pytest.approx([1, 0.3], abs=0.02)
+    assert float(rows[1]['finetuned']) > float(rows[1]['accuracy'])
+    assert (tmp_path / 'binarized.png').is_file()
+    assert 'Masked by a dense mask (cpu)' in capsys.readouterr().out
+    for argv, message in [
+        (('--keep', '0'), '--keep takes shares in (0, 1]'),
+        (('--finetune', '-1'), '--finetune must be 0 or more'),
+    ]:
+        with pytest.raises(SystemExit):
+            run('analysis/binarize_priors.py', CONFIG, path, *argv)
+        assert message in capsys.readouterr().err
