@@ -114,7 +114,8 @@ def relevance_maps(model, inputs, targets=None, method='gradient'):
             chain = chain + step @ chain
     height, width = recording.grid
     extra = chain.shape[-1] - height * width
-    if extra and getattr(model.backbone, 'out_type', 'cls_token') == 'cls_token':
+    out_type = getattr(model.backbone, 'out_type', 'cls_token')
+    if extra and out_type in ('cls_token', 'raw'):
         rows = chain[:, 0, extra:]
     else:
         rows = chain[:, extra:, extra:].mean(dim=1)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from mmpretrain.models import ImageClassifier
+from mmpretrain.registry import MODELS
 from torch import nn
 
 from spvit_mm.explain import (
@@ -99,6 +100,27 @@ def test_averaging_model_and_vanilla_model():
         head=dict(type='VisionTransformerClsHead', num_classes=5, in_channels=192),
     )
     assert relevance_maps(plain, torch.randn(2, 3, 32, 32)).shape == (2, 2, 2)
+
+
+def test_token_label_classifier():
+    model = MODELS.build(
+        dict(
+            type='TokenLabelClassifier',
+            backbone=dict(
+                type='SPViT',
+                arch=dict(
+                    embed_dims=16, num_layers=3, num_heads=4, feedforward_channels=16
+                ),
+                img_size=24,
+                patch_size=8,
+                out_type='raw',
+            ),
+            head=dict(type='TokenLabelClsHead', num_classes=5, in_channels=16),
+        )
+    )
+    maps = relevance_maps(model, torch.randn(2, 3, 24, 24))
+    assert maps.shape == (2, 3, 3)
+    assert maps.std() > 0
 
 
 def test_default_target_is_the_prediction_and_nothing_is_left_behind():
