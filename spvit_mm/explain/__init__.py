@@ -1,5 +1,59 @@
 """What a trained model has learned."""
 
-from .prior_maps import PriorMap, collect_priors, draw_priors
+from .attention_maps import QueryAttention, draw_query_attention, query_attention
+from .binarize import (
+    BinarizedAttention,
+    OffsetMass,
+    binarize,
+    keep_offsets,
+    offset_mass,
+)
+from .figures import figure_to_image
+from .prior_maps import (
+    PriorMap,
+    collect_priors,
+    draw_comparison,
+    draw_priors,
+    draw_strip,
+)
+from .prior_stats import HeadFocus, format_focus, head_focus, write_focus
+from .recording import AttentionMap, Recording, attention_terms, record_attention
+from .relevance import METHODS as RELEVANCE_METHODS
+from .relevance import (
+    Perturbation,
+    class_scores,
+    draw_relevance,
+    perturbation_test,
+    relevance_maps,
+)
 
-__all__ = ['PriorMap', 'collect_priors', 'draw_priors']
+__all__ = [
+    'BinarizedAttention',
+    'OffsetMass',
+    'binarize',
+    'keep_offsets',
+    'offset_mass',
+    'RELEVANCE_METHODS',
+    'Perturbation',
+    'class_scores',
+    'draw_relevance',
+    'perturbation_test',
+    'relevance_maps',
+    'AttentionMap',
+    'HeadFocus',
+    'PriorMap',
+    'QueryAttention',
+    'Recording',
+    'attention_terms',
+    'collect_priors',
+    'draw_comparison',
+    'draw_priors',
+    'draw_strip',
+    'draw_query_attention',
+    'figure_to_image',
+    'format_focus',
+    'head_focus',
+    'query_attention',
+    'record_attention',
+    'write_focus',
+]

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..models import SpatialPrior
+from .figures import new_figure
 
 
 class PriorMap(NamedTuple):
@@ -75,48 +76,105 @@ def draw_priors(maps, title=''):
     Returns:
         matplotlib.figure.Figure: The figure; ``figure.savefig(path)`` writes it.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    return draw_comparison({'': maps}, title)
 
-    rows, columns = len(maps), max(len(m.table) for m in maps)
-    height, width = maps[0].table.shape[1:]
+
+def draw_comparison(models, title=''):
+    """Draw the priors of several models side by side, on one colour scale.
+
+    Args:
+        models (Dict[str, List[PriorMap]]): The models' names and maps.
+        title (str): Written above. Defaults to ''.
+
+    Returns:
+        matplotlib.figure.Figure: As of :func:`draw_priors`, the columns of one
+        model after those of the other; a layer that one of them lacks is left
+        out there.
+    """
+    headings, groups = [], []
+    for name, maps in models.items():
+        heads = max(len(m.table) for m in maps)
+        groups += [name] + [''] * (heads - 1)
+        headings += (
+            [f'head {h + 1}' for h in range(heads)] if heads > 1 else ['all heads']
+        )
+    names = dict.fromkeys(m.name for maps in models.values() for m in maps)
+    names = sorted(names, key=lambda n: int(n.split()[-1]) if n[-1].isdigit() else 0)
+    rows = {}
+    for layer in names:
+        rows[layer] = []
+        for maps in models.values():
+            table = next((m.table for m in maps if m.name == layer), ())
+            absent = max(len(m.table) for m in maps) - len(table)
+            rows[layer] += [*table, *[None] * absent]
+    return _draw_tables(rows, headings, title, groups)
+
+
+def draw_strip(steps, title=''):
+    """Draw how priors develop: one row a head, one column a checkpoint.
+
+    Args:
+        steps (Dict[str, List[PriorMap]]): Names of the checkpoints, in order,
+            and the maps of the same model there.
+        title (str): Written above. Defaults to ''.
+
+    Returns:
+        matplotlib.figure.Figure: As of :func:`draw_priors`.
+    """
+    rows = {}
+    for maps in steps.values():
+        for m in maps:
+            for head, table in enumerate(m.table):
+                name = f'{m.name}\nhead {head + 1}' if len(m.table) > 1 else m.name
+                rows.setdefault(name, []).append(table)
+    return _draw_tables(rows, list(steps), title)
+
+
+def _draw_tables(rows, headings, title, groups=None):
+    """Draw tables (2H-1, 2W-1): ``rows`` maps a label to a table or None for each
+    of ``headings``; ``groups`` are further words above the columns."""
+    tables = [t for row in rows.values() for t in row if t is not None]
+    height, width = tables[0].shape
     cell = 1.4
-    figure = Figure(
-        figsize=(cell * columns + 1.6, cell * rows * height / width + 1.0),
-        layout='constrained',
+    figure = new_figure(
+        cell * len(headings) + 1.6, cell * len(rows) * height / width + 1.2
     )
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    reach = max(float(np.abs(m.table - 1).max()) for m in maps)
+    axes = figure.subplots(len(rows), len(headings), squeeze=False)
+    reach = max(float(np.abs(t - 1).max()) for t in tables)
     reach = max(reach, 1e-3)  # a neutral model has no range of its own
     image = None
-    for row, m in zip(axes, maps, strict=True):
-        row[0].set_ylabel(m.name)
-        for head, ax in enumerate(row):
+    for i, (label, row) in enumerate(rows.items()):
+        axes[i, 0].set_ylabel(label)
+        for j, (ax, table, heading) in enumerate(
+            zip(axes[i], row, headings, strict=True)
+        ):
             ax.set_xticks([])
             ax.set_yticks([])
-            if head >= len(m.table):
-                ax.set_axis_off()
+            if i == 0:
+                ax.set_title(heading, fontsize='medium')
+            if i == 0 and any(groups or ()):
+                # As wide as its columns, so over the first of them and to its right.
+                ax.set_title(groups[j] + '\n', fontsize='medium', loc='left')
+            if table is None:
+                for spine in ax.spines.values():
+                    spine.set_visible(False)
                 continue
-            down, right = (side // 2 for side in m.table.shape[1:])
+            down, right = (side // 2 for side in table.shape)
             image = ax.imshow(
-                m.table[head],
+                table,
                 cmap='RdBu_r',
                 vmin=1 - reach,
                 vmax=1 + reach,
                 extent=(-right - 0.5, right + 0.5, down + 0.5, -down - 0.5),
             )
             ax.plot(0, 0, '+', color='black', markersize=7)
-            if m is maps[0]:
-                name = f'head {head + 1}' if len(m.table) > 1 else 'all heads'
-                ax.set_title(name, fontsize='medium')
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    shrink = min(0.8, 7 / figure.get_figheight())
+    bar = figure.colorbar(image, ax=axes, shrink=shrink, aspect=25)
     bar.set_label('prior (1 = neutral)')
     figure.suptitle(title, fontsize='medium')
-    right, down = width // 2, height // 2
     figure.supxlabel(
-        f'key to the left / right of the query (up to {right}), above / below '
-        f'(up to {down})',
+        f'key to the left / right of the query (up to {width // 2}), above / below '
+        f'(up to {height // 2})',
         fontsize='small',
     )
     return figure

@@ -7,8 +7,79 @@ from ..ops import spatial_prior_attention
 from .builder import build_child
 
 
+class GridAttention(MultiheadAttention):
+    """What the attentions that know the grid of patches have in common.
+
+    A subclass writes ``forward(x, hw_shape, omega=None)`` between
+    :meth:`project_qkv` and :meth:`merge_heads`. SPViT builds it from its
+    ``attn_cfg`` with the arguments below and ``attn_drop``, ``proj_drop``,
+    ``dropout_layer``, ``qkv_bias`` and ``layer_scale_init_value``.
+
+    Args:
+        embed_dims (int): The embedding dimension.
+        num_heads (int): Parallel attention heads; must divide ``embed_dims``.
+        num_extra_tokens (int): Class and other tokens in front of the patch
+            tokens. Defaults to 0.
+        grid (Tuple[int, int], optional): The grid (H, W) at training.
+            Defaults to None.
+        qk_scale (float, optional): Factor of the scores in place of
+            ``head_dims ** -0.5``. Defaults to None.
+        **kwargs: Other arguments of mmpretrain's MultiheadAttention.
+
+    Raises:
+        ValueError: If ``embed_dims`` is not divisible by ``num_heads``.
+    """
+
+    def __init__(
+        self,
+        embed_dims,
+        num_heads,
+        num_extra_tokens=0,
+        grid=None,
+        qk_scale=None,
+        **kwargs,
+    ):
+        check_heads(embed_dims, num_heads)
+        super().__init__(embed_dims, num_heads, **kwargs)
+        self.scale = self.head_dims**-0.5 if qk_scale is None else qk_scale
+        self.num_extra_tokens = num_extra_tokens
+        self.grid = None if grid is None else tuple(grid)
+
+    def project_qkv(self, x, hw_shape):
+        """Queries, keys and values, each (B, heads, T, d), of tokens (B, T, C).
+
+        Raises:
+            ValueError: If T does not fit the grid.
+        """
+        batch, length, _ = x.shape
+        height, width = hw_shape
+        if length != self.num_extra_tokens + height * width:
+            raise ValueError(
+                f'`x` has {length} tokens, but `hw_shape` {height} x {width} and '
+                f'num_extra_tokens={self.num_extra_tokens} make '
+                f'{self.num_extra_tokens + height * width}.'
+            )
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dims)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def merge_heads(self, out, v):
+        """Project the heads' outputs (B, heads, T, d) to tokens (B, T, C)."""
+        out = out.transpose(1, 2).flatten(2)
+        out = self.out_drop(self.gamma1(self.proj_drop(self.proj(out))))
+        if self.v_shortcut:
+            out = v.squeeze(1) + out
+        return out
+
+    def _refuse(self, omega):
+        if omega is not None:
+            raise ValueError(
+                f'`omega`, the table of a spatial prior, belongs to a '
+                f'SpatialPriorAttention; {type(self).__name__} takes none.'
+            )
+
+
 @MODELS.register_module()
-class SpatialPriorAttention(MultiheadAttention):
+class SpatialPriorAttention(GridAttention):
     """Spatial Prior-enhanced Self-Attention (SP-SA).
 
     For head h, with the prior Omega_h of the grid (paper, section 3):
@@ -54,10 +125,9 @@ class SpatialPriorAttention(MultiheadAttention):
         attn_impl='auto',
         **kwargs,
     ):
-        check_heads(embed_dims, num_heads)
-        super().__init__(embed_dims, num_heads, **kwargs)
-        self.scale = self.head_dims**-0.5 if qk_scale is None else qk_scale
-        self.num_extra_tokens = num_extra_tokens
+        super().__init__(
+            embed_dims, num_heads, num_extra_tokens, grid, qk_scale, **kwargs
+        )
         self.attn_impl = attn_impl
         self.prior = None
         if prior is not None:
@@ -84,19 +154,9 @@ class SpatialPriorAttention(MultiheadAttention):
         Raises:
             ValueError: If T does not fit the grid.
         """
-        batch, length, _ = x.shape
-        height, width = hw_shape
-        if length != self.num_extra_tokens + height * width:
-            raise ValueError(
-                f'`x` has {length} tokens, but `hw_shape` {height} x {width} and '
-                f'num_extra_tokens={self.num_extra_tokens} make '
-                f'{self.num_extra_tokens + height * width}.'
-            )
+        q, k, v = self.project_qkv(x, hw_shape)
         if omega is None and self.prior is not None:
             omega = self.prior(hw_shape, x.device)
-
-        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dims)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = spatial_prior_attention(
             q,
             k,
@@ -108,11 +168,7 @@ class SpatialPriorAttention(MultiheadAttention):
             dropout_p=self.attn_drop if self.training else 0.0,
             attn_impl=self.attn_impl,
         )
-        out = out.transpose(1, 2).reshape(batch, length, self.embed_dims)
-        out = self.out_drop(self.gamma1(self.proj_drop(self.proj(out))))
-        if self.v_shortcut:
-            out = v.squeeze(1) + out
-        return out
+        return self.merge_heads(out, v)
 
 
 def check_heads(embed_dims, num_heads):

@@ -62,6 +62,34 @@ def relative_offsets(hw, device='cpu'):
     return _cached_offsets((int(height), int(width)), torch.device(device))
 
 
+def compute_dtype(dtype):
+    """The dtype to compute a prior in: float32, or float64 where that is given."""
+    # torch.promote_types breaks the graph of torch.compile before torch 2.2.
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def place_offsets(offsets, hw, train_grid, coords):
+    """What a spatial relation sees of the offsets of a grid.
+
+    Args:
+        offsets (Tensor): (.., 2), relative coordinates (x, y) in patches.
+        hw (Tuple[int, int]): The grid (H, W) that they belong to.
+        train_grid (Tensor): The grid (H, W) of the training.
+        coords (str): 'raw', 'scaled' or 'clamped', see :class:`SpatialPrior`.
+
+    Returns:
+        Tensor: (.., 2).
+    """
+    if coords == 'raw':
+        return offsets
+    # x belongs to the width, so the grid is read in reverse order.
+    train_grid = train_grid.flip(0).to(offsets)
+    if coords == 'scaled':
+        return offsets * (train_grid / offsets.new_tensor((hw[1], hw[0])))
+    far = train_grid - 1
+    return torch.maximum(torch.minimum(offsets, far), -far)
+
+
 class SpatialPrior(BaseModule):
     """Base class of the spatial relation functions.
 
@@ -130,14 +158,8 @@ class SpatialPrior(BaseModule):
 
     def _place(self, offsets, hw):
         """Apply the rule of ``coords`` to raw offsets (.., 2) of a grid."""
-        if self.coords == 'raw':
-            return offsets
-        # x belongs to the width, so the grid is read in reverse order.
-        train_grid = self.train_grid.flip(0).to(offsets)
-        if self.coords == 'scaled':
-            return offsets * (train_grid / offsets.new_tensor((hw[1], hw[0])))
-        far = train_grid - 1
-        return torch.maximum(torch.minimum(offsets, far), -far)
+        train_grid = None if self.coords == 'raw' else self.train_grid
+        return place_offsets(offsets, hw, train_grid, self.coords)
 
     def forward(self, hw, device=None):
         """Evaluate the prior on the distinct offsets of a grid.

@@ -32,7 +32,8 @@ def eager_attention(
     """
     # Scaling q costs N * d products where scaling the scores would cost N * N.
     logits = torch.matmul(q * scale, k.transpose(-2, -1))
-    compute = torch.promote_types(logits.dtype, torch.float32)
+    # torch.promote_types breaks the graph of torch.compile before torch 2.2.
+    compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     omega = expand_pairs(table.to(compute), hw)
     if num_extra_tokens:
         omega = F.pad(omega, (num_extra_tokens, 0, num_extra_tokens, 0), value=1.0)

@@ -1,20 +1,40 @@
 #!/usr/bin/env python
-"""Draw the spatial priors of every SP-SA layer and head into one PNG."""
+"""Draw the spatial priors of every SP-SA layer and head into one PNG, and say in
+numbers what each head looks for. Several checkpoints of one training make a strip."""
 
 import os.path as osp
 
-from mmengine.registry import MODELS, init_default_scope
-
-from spvit_mm.engine import UserError, launch, load_whole_checkpoint
-from spvit_mm.explain import collect_priors, draw_priors
+from spvit_mm.engine import UserError, launch
+from spvit_mm.engine.samples import load_model
+from spvit_mm.explain import (
+    collect_priors,
+    draw_comparison,
+    draw_priors,
+    draw_strip,
+    format_focus,
+    head_focus,
+    write_focus,
+)
 
 
 def main(argv: list) -> None:
     parser = launch.ArgumentParser(prog='show_priors.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
-    parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument(
-        '--out', help='the PNG to write (default: priors.png beside the checkpoint)'
+        'checkpoint',
+        nargs='+',
+        help='path of the checkpoint, or of several in order: a column for each',
+    )
+    parser.add_argument(
+        '--compare',
+        nargs=2,
+        metavar=('CONFIG', 'CHECKPOINT'),
+        help='a second model, side by side with the first',
+    )
+    parser.add_argument(
+        '--out',
+        help='the PNG to write (default: priors.png beside the last checkpoint); the '
+        'numbers go into a CSV of the same name',
     )
     parser.add_argument(
         '--grid',
@@ -24,23 +44,54 @@ def main(argv: list) -> None:
         help='rows and columns of patches (default: those of the training)',
     )
     args = parser.parse_args(argv)
-    cfg = launch.load_config(args.config)
-    launch.check_checkpoint(args.checkpoint)
     if args.grid and min(args.grid) < 1:
         raise UserError(f'--grid takes two positive numbers, got {args.grid}.')
+    if args.compare and len(args.checkpoint) > 1:
+        raise UserError('--compare takes one checkpoint of each model, not a strip.')
 
-    init_default_scope(launch.scope_of(cfg))
-    with launch.building(f'The model of {args.config} cannot be built'):
-        model = MODELS.build(cfg.model)
-    with launch.building(f'{args.checkpoint} cannot be loaded'):
-        load_whole_checkpoint(model, args.checkpoint)
-    with launch.building('No picture'):
-        maps = collect_priors(model, args.grid)
-    out = args.out or osp.join(osp.dirname(args.checkpoint), 'priors.png')
     name = osp.splitext(osp.basename(args.config))[0]
-    title = f'Spatial priors of {name}\n{osp.basename(args.checkpoint)}'
-    draw_priors(maps, title).savefig(out, dpi=120)
+    title = f'Spatial priors of {name}'
+    steps = {}
+    for path in args.checkpoint:
+        maps = load_maps(args.config, path, args.grid)
+        steps[unique(steps, osp.splitext(osp.basename(path))[0])] = maps
+    if args.compare:
+        other = load_maps(*args.compare, args.grid)
+        if other[0].table.shape[1:] != maps[0].table.shape[1:]:
+            raise UserError(
+                'The two models were trained on different grids. Give the one to show '
+                'with --grid H W.'
+            )
+        names = [
+            osp.splitext(osp.basename(c))[0] for c in (args.config, args.compare[0])
+        ]
+        if names[0] == names[1]:
+            names = [osp.basename(c) for c in (path, args.compare[1])]
+        if names[0] == names[1]:
+            names = ['first', 'second']
+        figure = draw_comparison(dict(zip(names, (maps, other), strict=True)))
+    elif len(steps) > 1:
+        figure = draw_strip(steps, title)
+    else:
+        figure = draw_priors(maps, f'{title}\n{osp.basename(path)}')
+    out = args.out or osp.join(osp.dirname(path), 'priors.png')
+    figure.savefig(out, dpi=120)
+    focus = head_focus(maps)
+    print(format_focus(focus))
+    write_focus(osp.splitext(out)[0] + '.csv', focus)
     print(f'The priors of {len(maps)} SP-SA layers are drawn in {out}')
+
+
+def load_maps(config, checkpoint, grid):
+    """The priors of a checkpoint."""
+    _, model = load_model(config, checkpoint)
+    with launch.building('No picture'):
+        return collect_priors(model, grid)
+
+
+def unique(names, name):
+    """The name, numbered if there is one of that name."""
+    return name if name not in names else f'{name} ({len(names) + 1})'
 
 
 if __name__ == '__main__':

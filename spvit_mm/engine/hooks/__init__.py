@@ -1,6 +1,7 @@
 from .checkpoint import AtomicCheckpointHook
 from .data_check import DataCheckHook
 from .load_report import LoadReport, LoadReportHook, load_whole_checkpoint
+from .prior_visualization_hook import PriorVisualizationHook
 from .random_state import RandomStateHook
 from .seg_data_check import SegDataCheckHook
 
@@ -9,6 +10,7 @@ __all__ = [
     'DataCheckHook',
     'LoadReport',
     'LoadReportHook',
+    'PriorVisualizationHook',
     'RandomStateHook',
     'SegDataCheckHook',
     'load_whole_checkpoint',

@@ -1,0 +1,96 @@
+from typing import Optional
+
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmpretrain.registry import HOOKS
+
+from ...explain import collect_priors, draw_priors, figure_to_image, head_focus
+
+
+@HOOKS.register_module()
+class PriorVisualizationHook(Hook):
+    """Log the learned spatial priors and their statistics while training.
+
+    The maps of all layers and heads go to every backend of the visualizer
+    (files, TensorBoard, WandB, ..) as one image ``priors``, and each head's
+    focus as the scalars ``prior/layer1_head1/radius`` (effective radius in
+    patches), ``.../locality``, ``.../right``, ``.../down`` and, where a layer
+    has several, ``.../difference`` (see :class:`spvit_mm.explain.HeadFocus`).
+    The step is the epoch, or the iteration with ``by_epoch=False``; 0 is the
+    start of training.
+
+    Args:
+        interval (int): Log every n epochs or iterations. Defaults to 1.
+        by_epoch (bool): Whether to count epochs. Defaults to True.
+        images (bool): Whether to log the maps. Defaults to True.
+        scalars (bool): Whether to log the statistics. Defaults to True.
+        grid (Tuple[int, int], optional): The grid (H, W) to show. Defaults to
+            None: that of the priors' training.
+
+    Raises:
+        ValueError: If ``interval`` is no positive integer; before training, if
+            the model has no spatial prior.
+    """
+
+    priority = 'LOW'
+
+    def __init__(
+        self,
+        interval: int = 1,
+        by_epoch: bool = True,
+        images: bool = True,
+        scalars: bool = True,
+        grid: Optional[tuple] = None,
+    ):
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(
+                f'`interval` must be a positive integer, got {interval!r}.'
+            )
+        self.interval = interval
+        self.by_epoch = by_epoch
+        self.images = images
+        self.scalars = scalars
+        self.grid = grid
+
+    def before_train(self, runner) -> None:
+        """Log the start, which also tells at once if there is nothing to log."""
+        self.log(runner, runner.epoch if self.by_epoch else runner.iter)
+
+    def after_train_epoch(self, runner) -> None:
+        if self.by_epoch and (
+            self.every_n_epochs(runner, self.interval)
+            or self.is_last_train_epoch(runner)
+        ):
+            self.log(runner, runner.epoch + 1)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if not self.by_epoch and (
+            self.every_n_train_iters(runner, self.interval)
+            or self.is_last_train_iter(runner)
+        ):
+            self.log(runner, runner.iter + 1)
+
+    @master_only
+    def log(self, runner, step: int) -> None:
+        model = runner.model
+        if is_model_wrapper(model):
+            model = model.module
+        maps = collect_priors(model, self.grid)
+        if self.images:
+            unit = 'epochs' if self.by_epoch else 'iterations'
+            figure = draw_priors(maps, f'after {step} {unit}')
+            runner.visualizer.add_image('priors', figure_to_image(figure), step)
+        if self.scalars:
+            runner.visualizer.add_scalars(self.statistics(maps), step)
+
+    def statistics(self, maps) -> dict:
+        """The scalars of all heads."""
+        values = {}
+        for focus in head_focus(maps):
+            name = f'prior/{focus.layer.replace(" ", "")}_head{focus.head}'
+            for key in ('radius', 'locality', 'right', 'down', 'difference'):
+                value = getattr(focus, key)
+                if value == value:  # nan: the layer's only prior
+                    values[f'{name}/{key}'] = value
+        return values

@@ -1,0 +1,174 @@
+"""Where one patch looks: content, prior and their product, head by head."""
+
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+
+from .figures import new_figure
+from .recording import layer_name, record_attention
+
+
+class QueryAttention(NamedTuple):
+    """What one query patch sees, in one layer.
+
+    Attributes:
+        layer (str): Which layer, in words.
+        kind (str): 'prior', 'bias', 'gated' or 'vanilla', see
+            :class:`~spvit_mm.explain.AttentionMap`.
+        content (np.ndarray): Scaled content scores (heads, H, W).
+        position (np.ndarray, optional): The prior, bias or positional
+            attention (heads, H, W); None in a vanilla layer.
+        scores (np.ndarray, optional): Those that the softmax takes (heads, H,
+            W), for SP-SA the product; None for gated attention.
+        weights (np.ndarray): The attention (heads, H, W), which with the extra
+            tokens' share has sum 1.
+    """
+
+    layer: str
+    kind: str
+    content: np.ndarray
+    position: Optional[np.ndarray]
+    scores: Optional[np.ndarray]
+    weights: np.ndarray
+
+
+@torch.no_grad()
+def query_attention(model, image, query: tuple[int, int]):
+    """The attention of one patch of one image, in every layer.
+
+    Args:
+        model (nn.Module): A backbone or classifier, see
+            :func:`~spvit_mm.explain.record_attention`.
+        image (Tensor): (1, 3, h, w), as the model takes it (normalized).
+        query (Tuple[int, int]): Row and column of the patch, from 0.
+
+    Returns:
+        List[QueryAttention]: One of each layer.
+
+    Raises:
+        ValueError: If the patch lies outside the grid, or the grid is unknown.
+    """
+    with record_attention(model) as recording:
+        model(image)
+    if recording.grid is None:
+        raise ValueError(
+            f'{type(model).__name__} does not tell its grid: it has no `patch_embed` '
+            'that returns tokens and grid.'
+        )
+    height, width = recording.grid
+    row, column = query
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(
+            f'`query` must be a row in 0..{height - 1} and a column in '
+            f'0..{width - 1}, the grid of this image, got {tuple(query)}.'
+        )
+    result = []
+    for m in recording.maps:
+        extra = m.weights.shape[-1] - height * width
+        index = extra + row * width + column
+
+        def read(x, extra=extra, index=index):
+            if x is None:
+                return None
+            x = x[0, :, index, extra:].unflatten(-1, (height, width))
+            return x.float().cpu().numpy()
+
+        result.append(
+            QueryAttention(
+                layer=layer_name(m.name),
+                kind=m.kind,
+                content=read(m.content),
+                position=read(m.position),
+                scores=read(m.scores),
+                weights=read(m.weights),
+            )
+        )
+    return result
+
+
+ROWS = {
+    'prior': ('content score', 'prior', 'product', 'attention'),
+    'bias': ('content score', 'bias', 'sum', 'attention'),
+    'gated': ('content score', 'position', None, 'attention'),
+    'vanilla': ('content score', None, None, 'attention'),
+}
+
+
+def draw_query_attention(attention, query, picture=None, title=''):
+    """Draw one layer, a column a head.
+
+    Scores share a diverging scale around 0, the prior one around 1, and the
+    attention one from 0; the frame marks the query.
+
+    Args:
+        attention (QueryAttention): One layer of :func:`query_attention`.
+        query (Tuple[int, int]): The patch (row, column).
+        picture (np.ndarray, optional): The image (h, w, 3), uint8, RGB, shown
+            in front. Defaults to None.
+        title (str): Written above. Defaults to ''.
+
+    Returns:
+        matplotlib.figure.Figure: The figure.
+    """
+    from matplotlib.patches import Rectangle
+
+    names = ROWS[attention.kind]
+    values = (
+        attention.content,
+        attention.position,
+        attention.scores,
+        attention.weights,
+    )
+    rows = [(n, v) for n, v in zip(names, values, strict=True) if n and v is not None]
+    heads, height, width = attention.weights.shape
+    lead = int(picture is not None)
+    cell = 1.5
+    figure = new_figure(
+        cell * (heads + lead) + 1.4, cell * len(rows) * height / width + 0.9
+    )
+    axes = figure.subplots(len(rows), heads + lead, squeeze=False)
+    shared = max(
+        (np.abs(v).max() for n, v in rows if n in ('content score', 'product', 'sum')),
+        default=1.0,
+    )
+    row, column = query
+    for i, (name, maps) in enumerate(rows):
+        if name == 'attention' or name == 'position':
+            style = dict(cmap='viridis', vmin=0, vmax=float(maps.max()))
+        elif name == 'prior':
+            reach = max(float(np.abs(maps - 1).max()), 1e-3)
+            style = dict(cmap='PuOr_r', vmin=1 - reach, vmax=1 + reach)
+        elif name == 'bias':
+            reach = max(float(np.abs(maps).max()), 1e-3)
+            style = dict(cmap='PuOr_r', vmin=-reach, vmax=reach)
+        else:
+            style = dict(cmap='RdBu_r', vmin=-shared, vmax=shared)
+        for ax in axes[i]:
+            ax.set_xticks([])
+            ax.set_yticks([])
+        if lead:
+            if i == 0:
+                axes[i, 0].imshow(picture)
+                h, w = picture.shape[:2]
+                corner = (column * w / width - 0.5, row * h / height - 0.5)
+                axes[i, 0].add_patch(
+                    Rectangle(
+                        corner, w / width, h / height, fill=False, ec='red', lw=1.5
+                    )
+                )
+                axes[i, 0].set_title('query', fontsize='medium')
+            else:
+                axes[i, 0].set_axis_off()
+        axes[i, lead].set_ylabel(name)
+        for head in range(heads):
+            ax = axes[i, lead + head]
+            image = ax.imshow(maps[min(head, len(maps) - 1)], **style)
+            ax.add_patch(
+                Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec='red', lw=1.5)
+            )
+            if i == 0:
+                ax.set_title(f'head {head + 1}', fontsize='medium')
+        figure.colorbar(image, ax=list(axes[i]), shrink=0.85, pad=0.01)
+    figure.suptitle(title or attention.layer, fontsize='medium')
+    return figure

@@ -1,0 +1,227 @@
+"""Binarised priors, the paper's outlook: every head keeps some offsets, no more."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from ..models import SpatialPriorAttention
+from ..ops.masked import make_block_mask, mask_impl, masked_prior_attention
+from .recording import record_attention
+
+CRITERIA = ('offsets', 'mass')
+
+
+class BinarizedAttention(nn.Module):
+    """SP-SA over the offsets that are kept; the others are masked.
+
+    It takes the place of the attention that it holds, in a model that is
+    measured or fine-tuned.
+
+    Args:
+        attn (SpatialPriorAttention): The attention; its parameters stay its own.
+        keep (Tensor): (heads, 2H-1, 2W-1), bool, with the zero offset.
+        hw (Tuple[int, int]): The grid (H, W) of ``keep``, the only one taken.
+        ones (bool): Whether the kept offsets take prior 1 in place of the
+            learned one. Defaults to False.
+        impl (str): See :func:`~spvit_mm.ops.masked.masked_prior_attention`.
+            Defaults to 'auto'.
+    """
+
+    def __init__(self, attn, keep, hw, ones=False, impl='auto'):
+        super().__init__()
+        self.attn = attn
+        self.register_buffer('keep', keep)
+        self.hw = tuple(hw)
+        self.ones = ones
+        self.impl = impl
+        self.last_impl = None
+        self._block_mask = None
+
+    def forward(self, x, hw_shape, omega=None):
+        if tuple(hw_shape) != self.hw:
+            raise ValueError(
+                f'The masks are for a grid of {self.hw[0]} x {self.hw[1]} patches, and '
+                f'the image has {hw_shape[0]} x {hw_shape[1]}. Binarise for that grid.'
+            )
+        attn = self.attn
+        if self.ones:
+            omega = None
+        elif omega is None and attn.prior is not None:
+            omega = attn.prior(hw_shape, x.device)
+        q, k, v = attn.project_qkv(x, hw_shape)
+        dropout_p = attn.attn_drop if self.training else 0.0
+        self.last_impl = self.impl
+        if self.impl == 'auto':
+            self.last_impl = mask_impl(q, v, torch.is_grad_enabled(), dropout_p)
+        out = masked_prior_attention(
+            q,
+            k,
+            v,
+            omega,
+            self.keep,
+            hw_shape,
+            scale=attn.scale,
+            num_extra_tokens=attn.num_extra_tokens,
+            dropout_p=dropout_p,
+            impl=self.last_impl,
+            block_mask=self._blocks() if self.last_impl == 'block' else None,
+        )
+        return attn.merge_heads(out, v)
+
+    def _blocks(self):
+        """The BlockMask, made once for each device."""
+        device = self.keep.device
+        if self._block_mask is None or self._block_mask[0] != device:
+            mask = make_block_mask(self.keep, self.hw, self.attn.num_extra_tokens)
+            self._block_mask = device, mask
+        return self._block_mask[1]
+
+
+class OffsetMass(NamedTuple):
+    """Where a layer's attention lies on average.
+
+    Attributes:
+        table (Tensor): The priors (heads, 2H-1, 2W-1).
+        mass (Tensor): The attention between patches by their offset, (heads,
+            2H-1, 2W-1), each head of sum 1.
+    """
+
+    table: torch.Tensor
+    mass: torch.Tensor
+
+
+@torch.no_grad()
+def offset_mass(model, batches):
+    """Measure the attention of every SP-SA layer by offset.
+
+    Args:
+        model (nn.Module): An image classifier or backbone.
+        batches (Iterable[Tensor]): Normalized images (B, 3, h, w) of one size.
+
+    Returns:
+        Tuple[Dict[str, OffsetMass], Tuple[int, int]]: One of each layer, by the
+        name of its attention, and the grid.
+
+    Raises:
+        ValueError: If there is no SP-SA layer, or images differ in size.
+    """
+    masses, tables, grid = {}, {}, None
+    with record_attention(model) as recording:
+        for images in batches:
+            model(images)
+            if grid not in (None, recording.grid):
+                raise ValueError('All images must have one size to be binarised for.')
+            grid = recording.grid
+            for m in recording.maps:
+                if m.kind != 'prior':
+                    continue
+                extra = m.weights.shape[-1] - grid[0] * grid[1]
+                pairs = m.weights[:, :, extra:, extra:].sum(0)
+                masses[m.name] = masses.get(m.name, 0) + fold_pairs(pairs, grid)
+                tables[m.name] = pick_offsets(m.position[0, :, extra:, extra:], grid)
+    if not masses:
+        raise ValueError(
+            f'{type(model).__name__} has no SP-SA layer, or no image was given: there '
+            'is no prior to binarise.'
+        )
+    return {
+        name: OffsetMass(tables[name], mass / mass.sum((1, 2), keepdim=True))
+        for name, mass in masses.items()
+    }, grid
+
+
+def _offset_index(hw, device):
+    """The flat table index of every pair, (N, N)."""
+    height, width = hw
+    y = torch.arange(height, device=device).repeat_interleave(width)
+    x = torch.arange(width, device=device).repeat(height)
+    dy = y[None] - y[:, None] + height - 1
+    dx = x[None] - x[:, None] + width - 1
+    return dy * (2 * width - 1) + dx
+
+
+def fold_pairs(pairs, hw):
+    """Sum a value of all pairs (heads, N, N) by offset: (heads, 2H-1, 2W-1)."""
+    size = (2 * hw[0] - 1, 2 * hw[1] - 1)
+    table = pairs.new_zeros(len(pairs), size[0] * size[1])
+    index = _offset_index(hw, pairs.device).flatten()
+    return table.index_add(1, index, pairs.flatten(1)).unflatten(1, size)
+
+
+def pick_offsets(pairs, hw):
+    """The table of a value (heads, N, N) that depends on the offset alone."""
+    size = (2 * hw[0] - 1, 2 * hw[1] - 1)
+    table = pairs.new_zeros(len(pairs), size[0] * size[1])
+    table[:, _offset_index(hw, pairs.device).flatten()] = pairs.flatten(1)
+    return table.unflatten(1, size)
+
+
+def keep_offsets(table, mass, share, by='offsets'):
+    """Which offsets a head keeps: those of the largest prior.
+
+    From the largest on, offsets are taken until they make up ``share`` of all
+    offsets, or of the attention mass. The zero offset is always kept, so that
+    no query is left without a key.
+
+    Args:
+        table (Tensor): Priors (heads, 2H-1, 2W-1).
+        mass (Tensor): The attention's mass by offset, of the same shape and sum
+            1 a head.
+        share (float): In (0, 1].
+        by (str): 'offsets' or 'mass'. Defaults to 'offsets'.
+
+    Returns:
+        Tensor: (heads, 2H-1, 2W-1), bool.
+
+    Raises:
+        ValueError: If ``share`` or ``by`` is none of these.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f'`share` must lie in (0, 1], got {share}.')
+    if by not in CRITERIA:
+        raise ValueError(f'`by` must be one of {CRITERIA}, got {by!r}.')
+    if share == 1:
+        return torch.ones_like(table, dtype=torch.bool)
+    order = table.flatten(1).argsort(dim=1, descending=True, stable=True)
+    if by == 'offsets':
+        taken = torch.full_like(table.flatten(1), 1 / order.shape[1])
+    else:
+        taken = mass.flatten(1).to(table).gather(1, order)
+    # An offset is taken while those before it have not reached the share.
+    before = taken.double().cumsum(1) - taken.double()
+    keep = torch.zeros_like(order, dtype=torch.bool)
+    keep.scatter_(1, order, before < share - 1e-9)
+    keep = keep.view_as(table)
+    keep[:, table.shape[1] // 2, table.shape[2] // 2] = True
+    return keep
+
+
+def binarize(model, masses, hw, share, by='offsets', ones=False, impl='auto'):
+    """Binarise every SP-SA layer of a model, in place.
+
+    Args:
+        model (nn.Module): The model that ``masses`` was measured on.
+        masses (Dict[str, OffsetMass]): Of :func:`offset_mass`.
+        hw (Tuple[int, int]): The grid (H, W).
+        share (float): See :func:`keep_offsets`.
+        by (str): See :func:`keep_offsets`. Defaults to 'offsets'.
+        ones (bool): Whether kept offsets take prior 1. Defaults to False.
+        impl (str): The kernel of the masks. Defaults to 'auto'.
+
+    Returns:
+        Tuple[float, float]: The shares of offsets and of attention mass that
+        are kept, means over layers and heads.
+    """
+    offsets, kept_mass = [], []
+    for name, (table, mass) in masses.items():
+        attn = model.get_submodule(name)
+        if not isinstance(attn, SpatialPriorAttention):
+            raise ValueError(f'{name} is no SpatialPriorAttention: binarised before?')
+        keep = keep_offsets(table, mass, share, by)
+        parent, _, child = name.rpartition('.')
+        layer = BinarizedAttention(attn, keep, hw, ones, impl).train(attn.training)
+        setattr(model.get_submodule(parent), child, layer)
+        offsets.append(keep.double().mean())
+        kept_mass.append((mass * keep).sum((1, 2)).double().mean())
+    return float(torch.stack(offsets).mean()), float(torch.stack(kept_mass).mean())

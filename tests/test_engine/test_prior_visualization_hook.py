@@ -1,0 +1,92 @@
+import json
+
+import cv2
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from spvit_mm.engine import PriorVisualizationHook
+from spvit_mm.explain import collect_priors, head_focus
+
+from . import tiny
+
+MORE = """
+model.update(backbone=dict(
+    type='SPViT', img_size=16, patch_size=4, num_spsa_layers={layers},
+    arch=dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)))
+visualizer = dict(type='UniversalVisualizer', vis_backends=[
+    dict(type='LocalVisBackend')])
+custom_hooks = [dict(type='PriorVisualizationHook', interval={every}, by_epoch={epochs})]
+"""
+
+
+def train(tmp_path, layers=1, every=2, epochs=True, length=3):
+    data = tiny.make_data(tmp_path / 'data')
+    more = MORE.format(layers=layers, every=every, epochs=epochs)
+    path = tiny.write_config(
+        tmp_path / 'config.py', data, by_epoch=epochs, length=length, more=more
+    )
+    cfg = Config.fromfile(path)
+    cfg.work_dir = str(tmp_path / 'work')
+    cfg.experiment_name = tmp_path.name
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    return runner
+
+
+def logged(tmp_path):
+    pictures = {p.name: p for p in (tmp_path / 'work').rglob('priors_*.png')}
+    (scalars,) = (tmp_path / 'work').rglob('scalars.json')
+    lines = [json.loads(line) for line in scalars.read_text().splitlines()]
+    return pictures, [x for x in lines if any(k.startswith('prior/') for k in x)]
+
+
+def test_logs_start_every_second_epoch_and_the_last(tmp_path):
+    runner = train(tmp_path)
+    pictures, scalars = logged(tmp_path)
+    assert sorted(pictures) == ['priors_0.png', 'priors_2.png', 'priors_3.png']
+    assert cv2.imread(str(pictures['priors_3.png'])).std() > 0
+    assert [x['step'] for x in scalars] == [0, 2, 3]
+    for head in head_focus(collect_priors(runner.model)):
+        name = f'prior/layer1_head{head.head}/radius'
+        assert scalars[-1][name] == pytest.approx(head.radius, abs=1e-6)
+
+
+def test_by_iterations(tmp_path):
+    train(tmp_path, every=2, epochs=False, length=3)
+    assert sorted(logged(tmp_path)[0]) == [
+        'priors_0.png', 'priors_2.png', 'priors_3.png',
+    ]  # fmt: skip
+
+
+def test_a_model_without_priors_is_told_before_training(tmp_path):
+    with pytest.raises(ValueError, match='no spatial prior'):
+        train(tmp_path, layers=0)
+
+
+@pytest.mark.parametrize('interval', [0, -1, 1.5, '2'])
+def test_bad_interval(interval):
+    with pytest.raises(ValueError, match='interval'):
+        PriorVisualizationHook(interval=interval)
+
+
+def test_only_switched_on_things_are_logged():
+    class Visualizer:
+        images = scalars = 0
+
+        def add_image(self, *args):
+            self.images += 1
+
+        def add_scalars(self, *args):
+            self.scalars += 1
+
+    class TheRunner:
+        visualizer = Visualizer()
+        epoch = iter = 0
+
+    from spvit_mm.models import MLPSpatialPrior
+
+    TheRunner.model = torch.nn.ModuleDict({'prior': MLPSpatialPrior(2)})
+    PriorVisualizationHook(images=False, grid=(3, 3)).before_train(TheRunner)
+    assert (Visualizer.images, TheRunner.visualizer.scalars) == (0, 1)

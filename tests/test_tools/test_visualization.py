@@ -1,0 +1,144 @@
+"""The tools that show something, in this process as on the command line."""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmpretrain.registry import MODELS
+from PIL import Image
+
+from spvit_mm.engine import launch
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / 'configs/classification/spvit-mini_1xb64-50e_digits.py'
+BASELINE = ROOT / 'configs/classification/spvit-mini_0spsa_1xb64-50e_digits.py'
+
+
+def run(tool, *argv):
+    path = ROOT / 'tools' / tool
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    launch.run_cli(module.main, path.name, [str(arg) for arg in argv])
+
+
+@pytest.fixture
+def checkpoint(tmp_path, mmpretrain_scope):
+    def save(config, name=None):
+        model = MODELS.build(Config.fromfile(str(config)).model)
+        for param in model.parameters():
+            param.data += 0.02 * torch.randn_like(param)
+        path = tmp_path / f'{name or config.stem}.pth'
+        torch.save(dict(state_dict=model.state_dict()), path)
+        return path
+
+    return save
+
+
+def test_priors_over_training_and_side_by_side(checkpoint, tmp_path, capsys):
+    first, second = checkpoint(CONFIG, 'epoch_1'), checkpoint(CONFIG, 'epoch_2')
+    run('visualization/show_priors.py', CONFIG, first, second)
+    strip = cv2.imread(str(tmp_path / 'priors.png'))
+    assert strip.shape[0] > 1.5 * strip.shape[1], 'one row a head, one column a step'
+    with open(tmp_path / 'priors.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [(r['layer'], r['head']) for r in rows][:5] == [
+        *(('layer 1', str(h)) for h in (1, 2, 3, 4)),
+        ('layer 2', '1'),
+    ]
+    assert 'radius' in capsys.readouterr().out
+    out = tmp_path / 'both.png'
+    run(
+        'visualization/show_priors.py', CONFIG, first, '--compare', CONFIG, second,
+        '--out', out,
+    )  # fmt: skip
+    both = cv2.imread(str(out))
+    assert both.shape[1] > both.shape[0]
+
+
+def test_attention_of_a_patch(checkpoint, tmp_path, capsys):
+    path = checkpoint(CONFIG)
+    run('visualization/show_attention.py', CONFIG, path, '--query', 2, 3)
+    pictures = sorted((tmp_path / 'attention').glob('*.png'))
+    assert [p.name for p in pictures] == [
+        f'layer{i}_row2_column3.png' for i in (1, 2, 3, 4)
+    ]
+    # rows: content, prior, product, attention; and without a prior two of them
+    assert cv2.imread(str(pictures[0])).shape[0] > cv2.imread(str(pictures[3])).shape[0]
+    with pytest.raises(SystemExit):
+        run('visualization/show_attention.py', CONFIG, path, '--query', 6, 0)
+    assert 'a row in 0..5' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(
+            'visualization/show_attention.py',
+            CONFIG,
+            path,
+            *['--query', '0', '0', '--layers', '5'],
+        )
+    assert '--layers takes numbers in 1..4, got [5]' in capsys.readouterr().err
+
+
+def test_relevance_of_two_models_and_the_table(checkpoint, tmp_path, capsys):
+    one, two = checkpoint(CONFIG), checkpoint(BASELINE)
+    run(
+        'visualization/show_relevance.py', CONFIG, one, '--compare', BASELINE, two,
+        '--count', 2, '--perturb', 20,
+    )  # fmt: skip
+    picture = cv2.imread(str(tmp_path / 'relevance.png'))
+    assert picture.shape[1] > 2 * picture.shape[0], 'two rows of five columns'
+    with open(tmp_path / 'relevance_perturbation.csv') as file:
+        rows = list(csv.DictReader(file))
+    kinds = list(dict.fromkeys((r['model'], r['method']) for r in rows))
+    assert kinds == [
+        (model, method)
+        for model in ('spvit-mini', 'spvit-mini_0spsa')
+        for method in ('gradient', 'rollout', 'random order')
+    ]
+    for kind in kinds:
+        start = [r for r in rows if (r['model'], r['method']) == kind][0]
+        assert start['most_first'] == start['least_first']
+    assert 'most first (low is good)' in capsys.readouterr().out
+
+
+def test_relevance_of_image_files(checkpoint, tmp_path, capsys):
+    path = checkpoint(CONFIG)
+    rgb = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(rgb).save(tmp_path / 'rgb.png')
+    args = (CONFIG, path, '--methods', 'gradient', '--images')
+    run('visualization/show_relevance.py', *args, tmp_path / 'rgb.png')
+    assert (tmp_path / 'relevance.png').is_file()
+    Image.fromarray(rgb[..., 0]).save(tmp_path / 'gray.png')
+    (tmp_path / 'text.png').write_text('no image')
+    for name, message in [
+        ('gray.png', 'is not RGB (its mode is L)'),
+        ('text.png', 'is not an image that can be read'),
+        ('none.png', 'does not exist'),
+    ]:
+        with pytest.raises(SystemExit):
+            run('visualization/show_relevance.py', *args, tmp_path / name)
+        assert message in capsys.readouterr().err
+
+
+def test_binarized_priors(checkpoint, tmp_path, capsys):
+    path = checkpoint(CONFIG)
+    args = ('--keep', '0.3', '1', '--mass-batches', '1', '--finetune', '1')
+    run('analysis/binarize_priors.py', CONFIG, path, *args)
+    with open(tmp_path / 'binarized.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r['keep']) for r in rows] == [1, 0.3]
+    assert [float(r['offsets']) for r in rows] == pytest.approx([1, 0.3], abs=0.02)
+    assert float(rows[1]['finetuned']) > float(rows[1]['accuracy'])
+    assert (tmp_path / 'binarized.png').is_file()
+    assert 'Masked by a dense mask (cpu)' in capsys.readouterr().out
+    for argv, message in [
+        (('--keep', '0'), '--keep takes shares in (0, 1]'),
+        (('--finetune', '-1'), '--finetune must be 0 or more'),
+    ]:
+        with pytest.raises(SystemExit):
+            run('analysis/binarize_priors.py', CONFIG, path, *argv)
+        assert message in capsys.readouterr().err

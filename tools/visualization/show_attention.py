@@ -1,0 +1,57 @@
+#!/usr/bin/env python
+"""Show where one patch of an image looks: content score, prior, product and
+attention of every head, one PNG a layer."""
+
+import os
+import os.path as osp
+
+from spvit_mm.engine import UserError, launch
+from spvit_mm.engine.samples import load_model, load_samples
+from spvit_mm.explain import draw_query_attention, query_attention
+
+
+def main(argv: list) -> None:
+    parser = launch.ArgumentParser(prog='show_attention.py', description=__doc__)
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument('checkpoint', help='path of the checkpoint')
+    parser.add_argument(
+        '--query',
+        type=int,
+        nargs=2,
+        required=True,
+        metavar=('ROW', 'COLUMN'),
+        help='the patch, counted from 0 at the upper left',
+    )
+    parser.add_argument(
+        '--image', help='an image file (default: the first of the test data set)'
+    )
+    parser.add_argument(
+        '--layers', type=int, nargs='+', help='layers to show, from 1 (default: all)'
+    )
+    parser.add_argument(
+        '--out-dir',
+        help='folder for the PNGs (default: attention/ beside the checkpoint)',
+    )
+    args = parser.parse_args(argv)
+    cfg, model = load_model(args.config, args.checkpoint)
+    (sample,) = load_samples(cfg, model, [args.image] if args.image else None, 1)
+    with launch.building('No attention to show'):
+        layers = query_attention(model, sample.inputs[None], tuple(args.query))
+    wanted = args.layers or range(1, len(layers) + 1)
+    wrong = [i for i in wanted if not 1 <= i <= len(layers)]
+    if wrong:
+        raise UserError(f'--layers takes numbers in 1..{len(layers)}, got {wrong}.')
+    folder = args.out_dir or osp.join(osp.dirname(args.checkpoint), 'attention')
+    os.makedirs(folder, exist_ok=True)
+    row, column = args.query
+    for i in wanted:
+        layer = layers[i - 1]
+        title = f'{layer.layer} ({layer.kind}), {sample.name}, patch ({row}, {column})'
+        figure = draw_query_attention(layer, args.query, sample.picture, title)
+        path = osp.join(folder, f'layer{i}_row{row}_column{column}.png')
+        figure.savefig(path, dpi=120)
+        print(path)
+
+
+if __name__ == '__main__':
+    launch.run_cli(main, 'show_attention.py')

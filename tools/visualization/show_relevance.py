@@ -1,0 +1,163 @@
+#!/usr/bin/env python
+"""Overlay what a classification rests on, for one model or two side by side, and
+check it by removing patches."""
+
+import csv
+import os.path as osp
+
+import torch
+
+from spvit_mm.engine import UserError, launch
+from spvit_mm.engine.samples import load_model, load_samples
+from spvit_mm.explain import (
+    RELEVANCE_METHODS,
+    class_scores,
+    draw_relevance,
+    perturbation_test,
+    relevance_maps,
+)
+
+
+def main(argv: list) -> None:
+    parser = launch.ArgumentParser(prog='show_relevance.py', description=__doc__)
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument('checkpoint', help='path of the checkpoint')
+    parser.add_argument(
+        '--compare',
+        nargs=2,
+        metavar=('CONFIG', 'CHECKPOINT'),
+        help='a second model, such as the plain ViT, beside the first',
+    )
+    parser.add_argument(
+        '--images', nargs='+', help='image files (default: of the test data set)'
+    )
+    parser.add_argument(
+        '--count', type=int, default=4, help='images of the data set (default: 4)'
+    )
+    parser.add_argument(
+        '--methods',
+        nargs='+',
+        choices=RELEVANCE_METHODS,
+        default=['gradient', 'rollout'],
+        help='gradient: gradient-weighted attention; rollout; gradcam: needs the '
+        'grad-cam package (default: gradient rollout)',
+    )
+    parser.add_argument(
+        '--target', type=int, help='class to explain (default: the predicted one)'
+    )
+    parser.add_argument(
+        '--perturb',
+        type=int,
+        default=0,
+        metavar='N',
+        help='perturbation test on N images of the test data set (default: none)',
+    )
+    parser.add_argument(
+        '--out', help='the PNG to write (default: relevance.png beside the checkpoint)'
+    )
+    args = parser.parse_args(argv)
+    if args.perturb < 0:
+        raise UserError(f'--perturb takes a number of images, got {args.perturb}.')
+    out = args.out or osp.join(osp.dirname(args.checkpoint), 'relevance.png')
+
+    columns, captions, rows, pictures = [], [], [], None
+    for config, checkpoint in [(args.config, args.checkpoint), args.compare]:
+        cfg, model = load_model(config, checkpoint)
+        name = osp.splitext(osp.basename(config))[0].split('_1x')[0]
+        samples = load_samples(cfg, model, args.images, args.count)
+        pictures = pictures or [sample.picture for sample in samples]
+        with launch.building('No relevance'):
+            found = explain(model, samples, args)
+        for method, maps, words in found:
+            columns.append((f'{name}\n{method}', maps))
+            captions.append(words)
+        if args.perturb:
+            with launch.building('No perturbation test'):
+                rows += perturb(cfg, model, name, args)
+        if args.compare is None:
+            break
+    draw_relevance(pictures, columns, captions).savefig(out, dpi=120)
+    print(f'The relevance of {len(pictures)} images is drawn in {out}')
+    if rows:
+        report(rows, osp.splitext(out)[0] + '_perturbation.csv', args.perturb)
+
+
+def batches(samples, size=32):
+    """Batches of images of equal size."""
+    shapes = {tuple(sample.inputs.shape) for sample in samples}
+    if len(shapes) > 1:
+        size = 1
+    for i in range(0, len(samples), size):
+        part = samples[i : i + size]
+        yield torch.stack([sample.inputs for sample in part])
+
+
+def explain(model, samples, args):
+    """Maps and captions of each method."""
+    found = []
+    for method in args.methods:
+        maps, words = [], []
+        for inputs in batches(samples):
+            with torch.no_grad():
+                scores = class_scores(model, inputs).softmax(dim=1)
+            targets = scores.argmax(dim=1)
+            if args.target is not None:
+                targets = torch.full_like(targets, args.target)
+            maps += relevance_maps(model, inputs, targets, method)
+            for row, target in zip(scores, targets.tolist(), strict=True):
+                words.append(f'class {target}: {row[target]:.0%}')
+        found.append((method, maps, words))
+    return found
+
+
+def perturb(cfg, model, name, args):
+    """Rows of the perturbation table, the last one for a random order."""
+    samples = load_samples(cfg, model, None, args.perturb)
+    if any(sample.label is None for sample in samples):
+        raise UserError('--perturb needs a test data set with labels.')
+    if len({sample.inputs.shape for sample in samples}) > 1:
+        raise UserError(
+            '--perturb needs images of one size: let the test pipeline resize and crop.'
+        )
+    inputs = torch.stack([sample.inputs for sample in samples])
+    labels = [sample.label for sample in samples]
+    orders = {
+        method: torch.cat(
+            [relevance_maps(model, batch, None, method) for batch in batches(samples)]
+        )
+        for method in args.methods
+    }
+    any_map = orders[args.methods[0]]
+    generator = torch.Generator().manual_seed(0)
+    orders['random order'] = torch.rand(any_map.shape, generator=generator)
+    return [
+        (name, method, perturbation_test(model, inputs, labels, maps))
+        for method, maps in orders.items()
+    ]
+
+
+def report(rows, path, count):
+    """Print the areas and write the curves."""
+    width = max(len(name) for name, *_ in rows)
+    print(
+        f'Perturbation test on {count} images: area under the accuracy while patches '
+        'are removed'
+    )
+    print(
+        f'{"model":<{width}}  {"order by":<12}  most first (low is good)  least first'
+    )
+    for name, method, p in rows:
+        print(
+            f'{name:<{width}}  {method:<12}  {p.most_area:24.3f}  {p.least_area:11.3f}'
+        )
+    with open(path, 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(['model', 'method', 'removed', 'most_first', 'least_first'])
+        for name, method, p in rows:
+            for values in zip(p.removed, p.most, p.least, strict=True):
+                writer.writerow([name, method, *(f'{v:.4f}' for v in values)])
+    print(f'The curves are in {path}')
+
+
+if __name__ == '__main__':
+    launch.run_cli(main, 'show_relevance.py')
