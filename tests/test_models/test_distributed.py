@@ -1,5 +1,7 @@
 """Data-parallel training of SPViT in two processes (gloo, on the CPU)."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -58,7 +60,9 @@ def worker(rank, folder):
         optimizer.step()
     weights = {n: p.detach() for n, p in model.module.named_parameters()}
     torch.save(dict(grads=grads, weights=weights), f'{folder}/rank{rank}.pt')
-    dist.destroy_process_group()
+    dist.barrier()
+    # gloo's threads have been seen to keep a process from ending.
+    os._exit(0)
 
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,6 @@
 """Run by test_classifiers.py under torchrun: token labeling on two processes."""
 
+import os
 import os.path as osp
 import sys
 
@@ -78,7 +79,10 @@ def main():
         assert torch.equal(*both), f'{name} differs between the processes'
     if rank == 0:
         print('equal weights')
-    dist.destroy_process_group()
+    dist.barrier()
+    # gloo's threads have been seen to keep a process from ending.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == '__main__':
