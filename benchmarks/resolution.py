@@ -37,7 +37,7 @@ CONFIGS = ROOT / 'configs'
 TASKS = {
     'digits': ('classification/spvit-mini_1xb64-50e_digits.py', 'accuracy/top1'),
     'scenes': (
-        'segmentation/spvit-mini_upernet_1xb8-1500i_digit-scenes-64x96.py',
+        'segmentation/spvit-mini_upernet_1xb16-700i_digit-scenes-64x96.py',
         'mIoU',
     ),
     'cifar10': (

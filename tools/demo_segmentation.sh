@@ -4,7 +4,7 @@
 set -euo pipefail
 
 ROOT=$(dirname "$0")/..
-NAME=spvit-mini_upernet_1xb8-1500i_digit-scenes-64x96
+NAME=spvit-mini_upernet_1xb16-700i_digit-scenes-64x96
 CONFIG=$ROOT/configs/segmentation/$NAME.py
 WORK=${WORK_DIR:-work_dirs/demo-segmentation}
 

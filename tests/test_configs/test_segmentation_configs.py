@@ -21,7 +21,7 @@ pytest.importorskip('mmseg.models')
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / 'configs' / 'segmentation'
 NAMES = sorted(path.stem for path in CONFIGS.glob('*.py'))
-DEMO = CONFIGS / 'spvit-mini_upernet_1xb8-1500i_digit-scenes-64x96.py'
+DEMO = CONFIGS / 'spvit-mini_upernet_1xb16-700i_digit-scenes-64x96.py'
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 # Scenes of scikit-learn's handwritten digits on canvases of 64 x 96 pixels, made
 # on first use in data/digit_scenes.
 dataset_type = 'DigitScenes'
+scenes = dict(digit_sizes=(22, 28), num_digits=(6, 14))
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -32,11 +33,11 @@ tta_pipeline = [
 
 # The images are tiny: workers would only cost time.
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=16,
     num_workers=0,
     persistent_workers=False,
     sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(type=dataset_type, split='train', pipeline=train_pipeline),
+    dataset=dict(type=dataset_type, split='train', pipeline=train_pipeline, **scenes),
 )
 val_dataloader = dict(
     batch_size=20,
@@ -44,7 +45,7 @@ val_dataloader = dict(
     persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type=dataset_type, split='val', test_mode=True, pipeline=test_pipeline
+        type=dataset_type, split='val', test_mode=True, pipeline=test_pipeline, **scenes
     ),
 )
 test_dataloader = val_dataloader
