@@ -26,7 +26,7 @@ from mmengine.registry import HOOKS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 from .data_checks import building_data
-from .errors import CorruptImageError, UserError
+from .errors import CorruptImageError, UserError, describe_error
 
 TRACEBACK = 'SPVIT_MM_TRACEBACK'
 # Where mmengine's AmpOptimWrapper runs.
@@ -66,6 +66,7 @@ def building(what: str):
     except UserError:
         raise
     except (
+        ArithmeticError,
         AssertionError,
         AttributeError,
         ImportError,
@@ -74,7 +75,7 @@ def building(what: str):
         TypeError,
         ValueError,
     ) as error:
-        reason = str(error.args[0] if error.args else error)
+        reason = describe_error(error)
         raise UserError(
             f'{what}: {type(error).__name__}: {reason} (set {TRACEBACK}=1 to see '
             'where this was raised)'
