@@ -178,6 +178,7 @@ class SPViT(VisionTransformer):
         with_cp (bool): Activation checkpointing: recompute every layer in the
             backward pass and save its memory. Defaults to False.
         out_indices (Sequence[int] | int): The layers whose output is returned.
+            Layers behind the last of them are not run, and are frozen.
             Defaults to -1, the last.
         out_type (str): 'cls_token', 'featmap', 'avg_featmap' or 'raw', as in
             VisionTransformer. 'raw' holds the class token where it has joined.
@@ -506,12 +507,23 @@ class SPViT(VisionTransformer):
                 **common,
             )
             self.layers.append(SPViTLayer(**{**cfg, **layer_cfg}))
-        peg = self.layers[-1].peg if self.num_layers else None
-        if peg is not None and self.out_type == 'cls_token':
-            # The class token passes the last PEG untouched, so that PEG gets no
-            # gradient, over which DDP would stumble.
-            for param in peg.parameters():
-                param.requires_grad = False
+        self._freeze_unused()
+
+    def _freeze_unused(self):
+        """Freeze what no output depends on: DDP would wait for its gradients."""
+        last = max(self.out_indices, default=-1)
+        if last < 0:
+            return
+        unused = list(self.layers[last + 1 :])
+        if last < self.num_layers - 1 and self.final_norm:
+            unused.append(self.ln1)
+        if self.out_type == 'cls_token' and self.layers[last].peg is not None:
+            # The class token passes the last PEG untouched.
+            unused.append(self.layers[last].peg)
+        for module in unused:
+            module.requires_grad_(False)
+        if self.with_cls_token and self.cls_token_layer > last:
+            self.cls_token.requires_grad = False
 
     # --------------------------------------------------------------- forward
 
@@ -539,7 +551,7 @@ class SPViT(VisionTransformer):
         x = self.pre_norm(self.drop_after_pos(x))
         omega = None if self.prior is None else self.prior(hw, x.device)
 
-        outs = []
+        outs, num_outs = [], len(set(self.out_indices))
         for i, layer in enumerate(self.layers):
             if i > 0 and i == self.cls_token_layer:
                 x = self._join_cls_token(x)
@@ -551,6 +563,8 @@ class SPViT(VisionTransformer):
                 x = self.ln1(x)
             if i in self.out_indices:
                 outs.append(self._format_output(x, hw))
+            if len(outs) == num_outs:
+                break  # what follows would be thrown away
         return tuple(outs)
 
     def _resized_pos_embed(self, hw):
