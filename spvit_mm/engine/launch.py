@@ -526,6 +526,12 @@ def apply_test_options(cfg: Config, args) -> Config:
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir is not None:
+        if args.tta and not segmentation:
+            # mmpretrain's hook draws on the input, here a list of images.
+            raise UserError(
+                '--show and --show-dir cannot be combined with --tta: test twice, '
+                'once with each.'
+            )
         _set_visualization(cfg, args)
     if args.tta:
         _set_tta(cfg)
