@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.logging import print_log
+from mmpretrain.models.backbones import VisionTransformer
 
-from .errors import CorruptImageError, UserError
+from .errors import CorruptImageError, UserError, describe_error
 
 MAX_LABELS = 20000
 MAX_FILES = 20000
@@ -90,7 +91,7 @@ def building_data(dataloader_cfg, split: str):
                 f'The {split} data ({cfg.get("type")}) holds no images{named}. '
                 f'{_describe_config(cfg)}'
             ) from error
-        reason = str(error.args[0] if error.args else error).strip().rstrip('.')
+        reason = describe_error(error).rstrip('.')
         raise UserError(
             f'The {split} data ({cfg.get("type")}) cannot be read: '
             f'{type(error).__name__}: {reason}. {_describe_config(cfg)}'
@@ -143,11 +144,12 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
         if len(leaf) == 0:
             raise UserError(f'The {split} data holds no images. {_where(leaf)}')
         labels = _labels(leaf)
-        if labels is None or num_classes == 1:
+        if labels is None:
             continue
         classes = leaf.metainfo.get('classes')
         found = len(classes) if classes is not None else len(np.unique(labels))
-        if found < 2 or (split == 'training' and labels.min() == labels.max()):
+        one_class = found < 2 or (split == 'training' and labels.min() == labels.max())
+        if one_class and num_classes != 1:
             raise UserError(
                 f'All images of the {split} data are of one class; a classifier needs '
                 f'at least two. {_where(leaf)}'
@@ -159,6 +161,29 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
                 f'{num_classes - 1}). Set model.head.num_classes to the number of '
                 f'classes. {_where(leaf)}'
             )
+
+
+def check_widths(model) -> None:
+    """Raise an error where a head expects another width than the backbone gives.
+
+    Only a VisionTransformer with a head behind it directly is judged.
+
+    Args:
+        model (nn.Module): A built classifier.
+
+    Raises:
+        UserError: If ``head.in_channels`` is not the backbone's ``embed_dims``.
+    """
+    backbone, head = getattr(model, 'backbone', None), getattr(model, 'head', None)
+    if not isinstance(backbone, VisionTransformer) or getattr(model, 'neck', None):
+        return
+    expected = getattr(head, 'in_channels', None)
+    if isinstance(expected, int) and expected != backbone.embed_dims:
+        raise UserError(
+            f'model.head.in_channels is {expected} and the backbone gives '
+            f'{backbone.embed_dims} channels (its embed_dims). Set '
+            f'model.head.in_channels={backbone.embed_dims}.'
+        )
 
 
 def check_same_classes(training, other, split: str) -> None:

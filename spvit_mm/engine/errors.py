@@ -7,3 +7,12 @@ class UserError(ValueError):
 
 class CorruptImageError(UserError):
     """An image file that cannot be read."""
+
+
+def describe_error(error: Exception) -> str:
+    """The text of an error, without the quotes that a KeyError puts around it.
+
+    The first argument alone would not do: that of an OSError is its number.
+    """
+    keyed = isinstance(error, KeyError) and error.args
+    return str(error.args[0] if keyed else error).strip()

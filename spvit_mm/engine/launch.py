@@ -26,7 +26,7 @@ from mmengine.registry import HOOKS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 from .data_checks import building_data
-from .errors import CorruptImageError, UserError
+from .errors import CorruptImageError, UserError, describe_error
 
 TRACEBACK = 'SPVIT_MM_TRACEBACK'
 # Where mmengine's AmpOptimWrapper runs.
@@ -66,6 +66,7 @@ def building(what: str):
     except UserError:
         raise
     except (
+        ArithmeticError,
         AssertionError,
         AttributeError,
         ImportError,
@@ -74,7 +75,7 @@ def building(what: str):
         TypeError,
         ValueError,
     ) as error:
-        reason = str(error.args[0] if error.args else error)
+        reason = describe_error(error)
         raise UserError(
             f'{what}: {type(error).__name__}: {reason} (set {TRACEBACK}=1 to see '
             'where this was raised)'
@@ -525,6 +526,12 @@ def apply_test_options(cfg: Config, args) -> Config:
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir is not None:
+        if args.tta and not segmentation:
+            # mmpretrain's hook draws on the input, here a list of images.
+            raise UserError(
+                '--show and --show-dir cannot be combined with --tta: test twice, '
+                'once with each.'
+            )
         _set_visualization(cfg, args)
     if args.tta:
         _set_tta(cfg)

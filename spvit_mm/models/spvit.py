@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import ModuleList
+from mmengine.utils import to_2tuple
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
 from mmpretrain.models.utils import resize_pos_embed
@@ -17,6 +18,10 @@ from .attention import SpatialPriorAttention, check_heads
 from .builder import build_child, resolve_type
 from .embed import PEG
 from .priors import SpatialPrior
+
+
+def is_positive_int(value):
+    return isinstance(value, (int, np.integer)) and value >= 1
 
 
 class SPViTLayer(TransformerEncoderLayer):
@@ -173,6 +178,7 @@ class SPViT(VisionTransformer):
         with_cp (bool): Activation checkpointing: recompute every layer in the
             backward pass and save its memory. Defaults to False.
         out_indices (Sequence[int] | int): The layers whose output is returned.
+            Layers behind the last of them are not run, and are frozen.
             Defaults to -1, the last.
         out_type (str): 'cls_token', 'featmap', 'avg_featmap' or 'raw', as in
             VisionTransformer. 'raw' holds the class token where it has joined.
@@ -218,6 +224,7 @@ class SPViT(VisionTransformer):
         'spvit-medium': _lvvit_arch(512, 20, 8, 64, 2.0),
         'spvit-large': _lvvit_arch(768, 24, 12, 128, 3.0),
     }
+    INTERPOLATE_MODES = ('bilinear', 'bicubic')
     SHARE_MODES = ('none', 'heads', 'network')
 
     def __init__(
@@ -257,6 +264,10 @@ class SPViT(VisionTransformer):
         if isinstance(arch, str):
             settings = self.arch_zoo.get(arch.lower(), arch)
 
+        self._check_numbers(
+            img_size, patch_size, skip_scale, drop_path_rate, interpolate_mode
+        )
+
         def choose(name, given, default):
             if given is not None or not isinstance(settings, dict):
                 return given
@@ -288,6 +299,11 @@ class SPViT(VisionTransformer):
         check_heads(self.embed_dims, settings['num_heads'])
 
         stem = choose('stem', stem, 'patch')
+        if isinstance(stem, str) and stem not in ('patch', 'conv'):
+            raise ValueError(
+                "`stem` must be 'patch', 'conv' or the config of a ConvStem, "
+                f'got {stem!r}.'
+            )
         if stem != 'patch':
             self.patch_embed = build_child(
                 dict(type='ConvStem') if stem == 'conv' else stem,
@@ -348,6 +364,28 @@ class SPViT(VisionTransformer):
             self._freeze_stages()
 
     # ---------------------------------------------------------- construction
+
+    def _check_numbers(
+        self, img_size, patch_size, skip_scale, drop_path_rate, interpolate_mode
+    ):
+        for name, value in (('img_size', img_size), ('patch_size', patch_size)):
+            sides = to_2tuple(value)
+            if len(sides) != 2 or any(not is_positive_int(side) for side in sides):
+                raise ValueError(
+                    f'`{name}` must be a positive integer or two of them (h, w), in '
+                    f'pixels, got {value!r}.'
+                )
+        if skip_scale is not None and not skip_scale > 0:
+            raise ValueError(f'`skip_scale` must be above 0, got {skip_scale!r}.')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(
+                f'`drop_path_rate` must lie in [0, 1), got {drop_path_rate!r}.'
+            )
+        if interpolate_mode not in self.INTERPOLATE_MODES:
+            raise ValueError(
+                f'`interpolate_mode` must be one of {self.INTERPOLATE_MODES}, '
+                f'got {interpolate_mode!r}.'
+            )
 
     def _check_num_spsa_layers(self, value):
         if value is None:
@@ -469,12 +507,23 @@ class SPViT(VisionTransformer):
                 **common,
             )
             self.layers.append(SPViTLayer(**{**cfg, **layer_cfg}))
-        peg = self.layers[-1].peg if self.num_layers else None
-        if peg is not None and self.out_type == 'cls_token':
-            # The class token passes the last PEG untouched, so that PEG gets no
-            # gradient, over which DDP would stumble.
-            for param in peg.parameters():
-                param.requires_grad = False
+        self._freeze_unused()
+
+    def _freeze_unused(self):
+        """Freeze what no output depends on: DDP would wait for its gradients."""
+        last = max(self.out_indices, default=-1)
+        if last < 0:
+            return
+        unused = list(self.layers[last + 1 :])
+        if last < self.num_layers - 1 and self.final_norm:
+            unused.append(self.ln1)
+        if self.out_type == 'cls_token' and self.layers[last].peg is not None:
+            # The class token passes the last PEG untouched.
+            unused.append(self.layers[last].peg)
+        for module in unused:
+            module.requires_grad_(False)
+        if self.with_cls_token and self.cls_token_layer > last:
+            self.cls_token.requires_grad = False
 
     # --------------------------------------------------------------- forward
 
@@ -502,7 +551,7 @@ class SPViT(VisionTransformer):
         x = self.pre_norm(self.drop_after_pos(x))
         omega = None if self.prior is None else self.prior(hw, x.device)
 
-        outs = []
+        outs, num_outs = [], len(set(self.out_indices))
         for i, layer in enumerate(self.layers):
             if i > 0 and i == self.cls_token_layer:
                 x = self._join_cls_token(x)
@@ -514,6 +563,8 @@ class SPViT(VisionTransformer):
                 x = self.ln1(x)
             if i in self.out_indices:
                 outs.append(self._format_output(x, hw))
+            if len(outs) == num_outs:
+                break  # what follows would be thrown away
         return tuple(outs)
 
     def _resized_pos_embed(self, hw):

@@ -3,9 +3,10 @@ import pytest
 import torch
 from mmengine.dataset import ConcatDataset
 from mmpretrain.datasets import CustomDataset
+from mmpretrain.registry import MODELS
 
 from spvit_mm.engine import CorruptImageError, UserError, check_dataset, guard_images
-from spvit_mm.engine.data_checks import describe_folder
+from spvit_mm.engine.data_checks import building_data, check_widths, describe_folder
 from spvit_mm.engine.hooks import DataCheckHook
 from tests.test_engine.tiny import make_images
 
@@ -27,6 +28,8 @@ def test_wrapped_data_sets(folder, tmp_path):
         check_dataset(ConcatDataset([good, bad], ignore_keys='classes'), 'training', 3)
     with pytest.raises(UserError, match='labels up to 2 .* tells 2 classes'):
         check_dataset(good, 'test', 2)
+    with pytest.raises(UserError, match='labels up to 2 .* tells 1 classes'):
+        check_dataset(good, 'training', 1)
 
 
 def test_one_class_in_an_annotation_file(folder, tmp_path):
@@ -82,6 +85,29 @@ def test_describe_folder(folder, tmp_path):
     )
     assert f'does not exist ({tmp_path} does)' in describe_folder(f'{tmp_path}/x/y')
     assert 'is a file' in describe_folder(str(folder / 'a' / '0.png'))
+
+
+def test_missing_folder_is_named(tmp_path):
+    cfg = dict(dataset=dict(type='CustomDataset', data_prefix=f'{tmp_path}/none'))
+    with (
+        pytest.raises(UserError, match='FileNotFoundError: .*No such file'),
+        building_data(cfg, 'training'),
+    ):
+        CustomDataset(data_prefix=f'{tmp_path}/none', pipeline=LOAD)
+
+
+def test_widths_that_do_not_fit():
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(type='SPViT', arch='deit-tiny', img_size=32),
+            head=dict(type='LinearClsHead', num_classes=2, in_channels=192),
+        )
+    )
+    check_widths(model)
+    model.head.in_channels = 384
+    with pytest.raises(UserError, match='is 384 and the backbone gives 192'):
+        check_widths(model)
 
 
 def test_argument():

@@ -319,6 +319,28 @@ def test_every_trained_parameter_gets_a_gradient(out_type, stem):
     assert fixed == (last_peg if out_type == 'cls_token' else [])
 
 
+@pytest.mark.parametrize('final_norm', [True, False])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(out_indices=[2], out_type='cls_token'),
+        dict(out_indices=[0, 1], out_type='featmap'),  # before the class token
+        dict(out_indices=[2, 0], out_type='raw', cls_token_layer=0),
+        dict(out_indices=1, out_type='avg_featmap', with_cls_token=False),
+    ],
+)
+def test_no_gradient_is_awaited_behind_the_last_output(kwargs, final_norm):
+    model = build(with_peg=True, final_norm=final_norm, **kwargs)
+    calls = []
+    model.layers[3].register_forward_hook(lambda *_: calls.append(3))
+    outs = model(torch.randn(2, 3, 32, 48))
+    assert len(outs) == len(model.out_indices)
+    assert calls == []
+    sum(out.sum() for out in outs).backward()
+    for name, param in model.named_parameters():
+        assert param.requires_grad == (param.grad is not None), name
+
+
 @pytest.mark.parametrize('frozen_stages', [1, 4])
 def test_frozen_stages(frozen_stages):
     model = build(
@@ -564,6 +586,12 @@ def test_model_with_deits_init_cfg_starts_neutral(mmpretrain_scope):
             ValueError,
             'no class token to join',
         ),
+        (dict(img_size=0), ValueError, '`img_size` must be a positive integer'),
+        (dict(patch_size=(4, 0)), ValueError, '`patch_size` must be a positive'),
+        (dict(skip_scale=0), ValueError, '`skip_scale` must be above 0'),
+        (dict(drop_path_rate=1.5), ValueError, r'`drop_path_rate` .* in \[0, 1\)'),
+        (dict(interpolate_mode='no'), ValueError, "'bilinear', 'bicubic'"),
+        (dict(stem='convs'), ValueError, "'patch', 'conv' or the config"),
         (dict(share_prior='all'), ValueError, "'none', 'heads', 'network'"),
         (dict(pos_embed='sincos'), ValueError, "'learned' or None"),
         (dict(frozen_stages=5), ValueError, r'-1..4'),

@@ -108,7 +108,7 @@ def test_train_options(trained, tmp_path, capsys):
     assert checkpoint['optimizer']['param_groups'][0]['initial_lr'] == 0.002
 
 
-def test_test_outputs(trained, tmp_path):
+def test_test_outputs(trained, tmp_path, capsys):
     config, work_dir = trained
     checkpoint = work_dir / 'epoch_1.pth'
     common = ('test.py', config, checkpoint, '--work-dir', tmp_path / 'w')
@@ -118,6 +118,9 @@ def test_test_outputs(trained, tmp_path):
     assert len(predictions) == 6
     assert predictions[0]['pred_score'].shape == (3,)
     assert len(list((tmp_path / 'pictures').glob('*.png'))) == 2  # names repeat
+
+    text = fails(capsys, *common, '--tta', '--show-dir', tmp_path / 'pictures')
+    assert 'cannot be combined with --tta' in text
 
     metrics = {}
     for name in ('plain', 'tta', 'amp'):

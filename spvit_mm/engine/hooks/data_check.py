@@ -3,7 +3,12 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop
 from mmpretrain.registry import HOOKS
 
-from ..data_checks import check_dataset, check_same_classes, guard_images
+from ..data_checks import (
+    check_dataset,
+    check_same_classes,
+    check_widths,
+    guard_images,
+)
 
 
 @HOOKS.register_module()
@@ -19,7 +24,8 @@ class DataCheckHook(Hook):
 
     Raises:
         UserError: For data sets without images, of a single class, with labels that
-            the head does not have, or whose folders number the classes differently.
+            the head does not have, or whose folders number the classes differently; and
+            for a head of another width than the backbone.
     """
 
     def __init__(self, corrupt_images: str = 'error') -> None:
@@ -35,6 +41,7 @@ class DataCheckHook(Hook):
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
+        check_widths(model)
         num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
         loops = {
             'training': runner._train_loop,
