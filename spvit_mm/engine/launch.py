@@ -580,8 +580,12 @@ def run_training(cfg: Config) -> Runner:
             'drop_last=False.'
         )
     # Built inside runner.train(), where a mistake would end in its stack.
-    for part in ('optim_wrapper', 'param_scheduler'):
-        build = building(f'{part} of {cfg.filename} cannot be built')
+    hints = {
+        'optim_wrapper': '',
+        'param_scheduler': ' (its warm-up must end before train_cfg does)',
+    }
+    for part, hint in hints.items():
+        build = building(f'{part} of {cfg.filename} cannot be built{hint}')
         setattr(runner, f'build_{part}', build(getattr(runner, f'build_{part}')))
     runner.train()
     return runner
