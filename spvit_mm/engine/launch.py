@@ -22,11 +22,12 @@ import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.hooks import LoggerHook
-from mmengine.registry import HOOKS, RUNNERS, init_default_scope
+from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 from .data_checks import building_data
 from .errors import CorruptImageError, UserError, describe_error
+from .hooks.load_report import load_whole_checkpoint
 
 TRACEBACK = 'SPVIT_MM_TRACEBACK'
 # Where mmengine's AmpOptimWrapper runs.
@@ -92,6 +93,19 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f'--cfg-options takes key=value pairs ({error})')
 
 
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add the option that changes entries of the config."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='change entries of the config before all other options act on it: '
+        'model.backbone.depth=12, key="[a,b]", key="[(a,b),(c,d)]" (quoted, without '
+        'spaces)',
+    )
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that training and testing share."""
     parser.add_argument('config', help='path of the config')
@@ -105,15 +119,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='automatic mixed precision; bfloat16 where there is no accelerator',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='change entries of the config before all other options act on it: '
-        'model.backbone.depth=12, key="[a,b]", key="[(a,b),(c,d)]" (quoted, without '
-        'spaces)',
-    )
+    add_cfg_options(parser)
     parser.add_argument(
         '--no-pin-memory', action='store_true', help='no pinned memory for batches'
     )
@@ -171,6 +177,56 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
 
 def scope_of(cfg: Config) -> str:
     return cfg.get('default_scope') or 'mmengine'
+
+
+def image_shape(cfg: Config, given: Optional[list] = None) -> tuple[int, int]:
+    """Height and width of the images of a config's model.
+
+    Args:
+        cfg (Config): The config.
+        given (list[int], optional): What the user asks for: both, or one number for
+            both. Defaults to None: ``img_size`` of the backbone, else 224.
+
+    Raises:
+        UserError: For anything but one or two positive numbers, or without a model.
+    """
+    if cfg.get('model') is None:
+        raise UserError(f'The config {cfg.filename} has no model.')
+    shape = given or cfg.model.get('backbone', {}).get('img_size') or 224
+    shape = [shape] if isinstance(shape, int) else list(shape)
+    if len(shape) > 2 or min(shape) < 1:
+        raise UserError(f'--shape takes one or two positive numbers, got {shape}.')
+    return shape[0], shape[-1]
+
+
+def build_model(cfg: Config) -> torch.nn.Module:
+    """Build the model of a config, in the config's scope.
+
+    Raises:
+        UserError: If there is none, or it cannot be built.
+    """
+    if cfg.get('model') is None:
+        raise UserError(f'The config {cfg.filename} has no model.')
+    init_default_scope(scope_of(cfg))
+    if cfg.get('data_preprocessor'):
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    with building(f'The model of {cfg.filename} cannot be built'):
+        return MODELS.build(cfg.model)
+
+
+def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, dict]:
+    """Build the model of a config and load a checkpoint that must fit it wholly.
+
+    Returns:
+        tuple: The model, in evaluation mode, and the checkpoint.
+
+    Raises:
+        UserError: For a config or checkpoint that cannot be used.
+    """
+    check_checkpoint(checkpoint)
+    model = build_model(cfg)
+    with building(f'{checkpoint} cannot be loaded'):
+        return model.eval(), load_whole_checkpoint(model, checkpoint)
 
 
 def apply_common(cfg: Config, args, needed: tuple) -> None:

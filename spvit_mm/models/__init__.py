@@ -4,13 +4,19 @@ from .attention import SpatialPriorAttention
 from .classifiers import TokenLabelClassifier
 from .embed import PEG, ConvStem
 from .heads import TokenLabelClsHead
-from .priors import MLPSpatialPrior, SpatialPrior, relative_offsets
+from .priors import (
+    ConstantSpatialPrior,
+    MLPSpatialPrior,
+    SpatialPrior,
+    relative_offsets,
+)
 from .relations import LinearSpatialPrior, TableSpatialPrior, WindowSpatialPrior
 from .relative_attention import GatedPositionalAttention, RelativePositionAttention
 from .spvit import SPViT
 
 __all__ = [
     'PEG',
+    'ConstantSpatialPrior',
     'ConvStem',
     'GatedPositionalAttention',
     'LinearSpatialPrior',

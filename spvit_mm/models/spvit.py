@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import SpatialPriorAttention, check_heads
 from .builder import build_child, resolve_type
 from .embed import PEG
-from .priors import SpatialPrior
+from .priors import ConstantSpatialPrior, SpatialPrior
 
 
 def is_positive_int(value):
@@ -204,6 +204,9 @@ class SPViT(VisionTransformer):
         patch_cfg (dict): More arguments of the stem. Defaults to an empty dict.
         layer_cfgs (Sequence[dict] | dict): More arguments of the layers.
             Defaults to an empty dict.
+        deploy (bool): Whether every prior is a table of constants for one grid, as
+            :meth:`switch_to_deploy` makes it. Such a model loads what a switched
+            model has saved, and takes the grid from there. Defaults to False.
         init_cfg (dict, optional): Initialization config. Defaults to None.
 
     Example:
@@ -258,6 +261,7 @@ class SPViT(VisionTransformer):
         pre_norm=False,
         patch_cfg=dict(),
         layer_cfgs=dict(),
+        deploy=False,
         init_cfg=None,
     ):
         settings = arch
@@ -362,6 +366,9 @@ class SPViT(VisionTransformer):
             self._freeze_all_but_priors()
         if self.frozen_stages > 0:
             self._freeze_stages()
+        self.deploy = False
+        if deploy:
+            self.switch_to_deploy()
 
     # ---------------------------------------------------------- construction
 
@@ -632,6 +639,57 @@ class SPViT(VisionTransformer):
         if param_name.startswith(prefix + 'prior.'):
             return 0, self.num_layers + 2
         return super().get_layer_depth(param_name, prefix)
+
+    # ---------------------------------------------------------------- deploy
+
+    def switch_to_deploy(self, grid=None):
+        """Fold every prior into a table of constants, in place.
+
+        The outputs stay the same, to the bit, and no prior is computed any more.
+        From then on the model takes images of that one grid. Its priors are
+        constants in training too, and no optimizer of before knows the model any
+        more. Once switched, it stays so: another call changes nothing.
+
+        Args:
+            grid (Tuple[int, int], optional): The grid (H, W), in patches, that the
+                model will serve. Defaults to None: the grid of its training.
+
+        Raises:
+            ValueError: If ``grid`` is no grid, or the model was switched before, for
+                another one.
+        """
+        if grid is not None and not (
+            isinstance(grid, (tuple, list))
+            and len(grid) == 2
+            and all(isinstance(side, int) and side > 0 for side in grid)
+        ):
+            raise ValueError(
+                '`grid` must be two positive integers, the rows and columns of '
+                f'patches, got {grid!r}.'
+            )
+        target = tuple(self.patch_resolution if grid is None else grid)
+        if self.deploy:
+            for prior in self.modules():
+                if not isinstance(prior, ConstantSpatialPrior) or grid is None:
+                    continue
+                if prior.grid != target:
+                    raise ValueError(
+                        f'`grid` is {target}, but this model was switched to its '
+                        f'deploy form for {prior.grid}, and its priors are gone. Load '
+                        'the checkpoint of the training and switch that.'
+                    )
+            return
+        device = next(self.parameters()).device
+        constants = {}
+        for parent in list(self.modules()):
+            for name, prior in parent.named_children():
+                if isinstance(prior, SpatialPrior):
+                    if prior not in constants:
+                        constants[prior] = ConstantSpatialPrior.from_prior(
+                            prior, target, device
+                        )
+                    setattr(parent, name, constants[prior])
+        self.deploy = True
 
     # ----------------------------------------------------------- checkpoints
 

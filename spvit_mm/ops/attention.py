@@ -10,21 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked import chunked_attention
+from .compat import is_compiling
 from .eager import eager_attention
 from .flex import flex_prior_attention, why_not_flex
 from .prior import check_table
 
 ATTN_IMPLS = ('auto', 'eager', 'chunked', 'flex')
 
-try:
-    _is_compiling = torch.compiler.is_compiling
-except AttributeError:  # torch < 2.3
-    _is_compiling = torch._dynamo.is_compiling
-
 
 def _traced() -> bool:
     """Whether the operations are being recorded instead of (only) run."""
-    return _is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
+    return is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
 
 
 def _autocast_dtype(device: str) -> Optional[torch.dtype]:
@@ -39,11 +35,11 @@ def _autocast_dtype(device: str) -> Optional[torch.dtype]:
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
-def _head_dim(q: Tensor) -> int:
+def _constants(*sizes) -> tuple[int, ...]:
+    """Sizes as integers, in a trace too, which records them as tensors."""
     with warnings.catch_warnings():
-        # The channels of a head are a constant of the network, in a trace too.
         warnings.simplefilter('ignore', torch.jit.TracerWarning)
-        return int(q.shape[-1])
+        return tuple(int(size) for size in sizes)
 
 
 def _check(q, k, v, prior, hw, extra, dropout_p, attn_impl) -> None:
@@ -153,11 +149,15 @@ def spatial_prior_attention(
             kernel cannot take these inputs; the message says what would work.
     """
     traced = _traced()
-    if not torch.jit.is_tracing():  # which records sizes, and warns of comparisons
+    head_dim = q.shape[-1]
+    if torch.jit.is_tracing():
+        # Of one grid, to which the prior belongs; only the batch stays free. (No
+        # check: a trace warns of comparisons.)
+        *hw, head_dim = _constants(*hw, head_dim)
+    else:
         _check(q, k, v, prior, hw, num_extra_tokens, dropout_p, attn_impl)
     if scale is None:
-        dim = _head_dim(q) if torch.jit.is_tracing() else q.shape[-1]
-        scale = dim**-0.5
+        scale = head_dim**-0.5
     if prior is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     needs_grad = torch.is_grad_enabled() and any(
@@ -195,5 +195,5 @@ def spatial_prior_attention(
                 q, k, v, prior, hw, scale, num_extra_tokens, dropout_p
             )
         return flex_prior_attention(
-            q, k, v, prior, hw, scale, num_extra_tokens, _is_compiling()
+            q, k, v, prior, hw, scale, num_extra_tokens, is_compiling()
         )

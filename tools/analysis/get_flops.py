@@ -6,9 +6,8 @@ count whatever operator computes them.
 """
 
 from mmengine.analysis import get_model_complexity_info
-from mmengine.registry import MODELS, init_default_scope
 
-from spvit_mm.engine import UserError, launch
+from spvit_mm.engine import launch
 
 
 def main(argv: list) -> None:
@@ -27,19 +26,8 @@ def main(argv: list) -> None:
     )
     args = parser.parse_args(argv)
     cfg = launch.load_config(args.config)
-    if cfg.get('model') is None:
-        raise UserError(f'The config {args.config} has no model.')
-    shape = args.shape or cfg.model.get('backbone', {}).get('img_size') or 224
-    shape = [shape] if isinstance(shape, int) else list(shape)
-    if len(shape) > 2 or min(shape) < 1:
-        raise UserError(f'--shape takes one or two positive numbers, got {shape}.')
-    shape = (3, shape[0], shape[-1])
-
-    init_default_scope(launch.scope_of(cfg))
-    if cfg.get('data_preprocessor'):
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with launch.building(f'The model of {args.config} cannot be built'):
-        model = MODELS.build(cfg.model).eval()
+    shape = (3, *launch.image_shape(cfg, args.shape))
+    model = launch.build_model(cfg).eval()
     with launch.building(f'The model cannot take an image of shape {shape}'):
         info = get_model_complexity_info(
             model, shape, show_table=args.detail, show_arch=False

@@ -1,0 +1,50 @@
+"""Writing files that are there as a whole or not at all."""
+
+import os
+import os.path as osp
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import UserError
+
+
+def check_new_file(path: str, suffixes: tuple, force: bool = False) -> str:
+    """Check, before any work starts, that a file can be written to ``path``.
+
+    Args:
+        path (str): The path.
+        suffixes (tuple[str]): Endings that it may have.
+        force (bool): Whether a file that is there may be replaced. Defaults to False.
+
+    Returns:
+        str: The path, ``~`` expanded.
+
+    Raises:
+        UserError: If it ends otherwise, is a folder, or is there without ``force``.
+    """
+    path = osp.expanduser(path)
+    if osp.isdir(path):
+        raise UserError(f'{path} is a folder. Give the name of a file to write.')
+    if osp.splitext(path)[1] not in suffixes:
+        raise UserError(f'{path} must end in {" or ".join(suffixes)}.')
+    if osp.exists(path) and not force:
+        raise UserError(
+            f'{path} exists. Give another name, or --force to replace the file.'
+        )
+    return path
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[str]:
+    """A name beside ``path`` to write to; renamed to ``path`` when all went well."""
+    folder, name = osp.split(osp.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    partial = osp.join(folder, f'.{os.getpid()}.partial.{name}')
+    try:
+        yield partial
+        with open(partial, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        if osp.exists(partial):
+            os.remove(partial)

@@ -1,0 +1,18 @@
+"""What differs between the versions of torch, and what dynamo cannot trace."""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    is_compiling = torch.compiler.is_compiling
+except AttributeError:  # torch < 2.3
+    is_compiling = torch._dynamo.is_compiling
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and softmax for inputs of ``dtype``: float32 at least.
+
+    torch.promote_types says the same, but dynamo of torch < 2.3 cannot trace it.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32

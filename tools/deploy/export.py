@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""Write a trained model as ONNX (.onnx) or with torch.export (.pt2).
+
+The file takes normalised images and gives logits. It is compared with the model before
+it gets its name.
+"""
+
+import torch
+
+from spvit_mm.engine import UserError, export, launch
+from spvit_mm.engine.files import check_new_file, whole_file
+
+TOLERANCE = 1e-4
+
+
+def main(argv: list) -> None:
+    parser = launch.ArgumentParser(prog='export.py', description=__doc__)
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument(
+        'checkpoint',
+        help='path of the checkpoint; for one in deploy form give --cfg-options '
+        'model.backbone.deploy=True',
+    )
+    parser.add_argument('out', help='the file to write, .onnx or .pt2')
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs='+',
+        metavar='SIDE',
+        help='height and width of the images, or one number for both (default: '
+        'img_size of the backbone, else 224)',
+    )
+    parser.add_argument(
+        '--batch', type=int, default=1, help='images that the file takes (default: 1)'
+    )
+    parser.add_argument(
+        '--dynamic-batch', action='store_true', help='any number of images'
+    )
+    parser.add_argument(
+        '--opset', type=int, default=export.OPSET, help='of ONNX (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--force', action='store_true', help='replace the file that is there'
+    )
+    launch.add_cfg_options(parser)
+    args = parser.parse_args(argv)
+    out = check_new_file(args.out, ('.onnx', '.pt2'), args.force)
+    cfg = launch.load_config(args.config, args.cfg_options)
+    shape = launch.image_shape(cfg, args.shape)
+    if args.batch < 1 or args.opset < 17:
+        raise UserError('--batch takes numbers from 1 on, --opset from 17 on.')
+    if args.dynamic_batch and args.batch != 1:
+        raise UserError('Give --batch or --dynamic-batch, not both.')
+    model, _ = launch.load_trained_model(cfg, args.checkpoint)
+    with launch.building(f'The model cannot take images of {shape[0]} x {shape[1]}'):
+        ready = export.prepare(model, shape)
+
+    # With one image as its example, torch.export takes 1 for a constant.
+    images = torch.randn(2 if args.dynamic_batch else args.batch, 3, *shape)
+    with whole_file(out) as partial:
+        if out.endswith('.onnx'):
+            export.save_onnx(ready, partial, images, args.dynamic_batch, args.opset)
+        else:
+            export.save_program(ready, partial, images, args.dynamic_batch)
+        for batch in (1, 3) if args.dynamic_batch else (args.batch,):
+            images = torch.randn(batch, 3, *shape)
+            found = export.run_file(partial, images)
+            if found is None:
+                print('Not compared with the model: onnxruntime is not installed.')
+                break
+            with torch.no_grad():
+                difference = export.Difference(ready(images), found)
+            print(
+                f'Batch {batch}: logits differ by at most {difference.largest:.1e}, '
+                f'top-1 {"the same" if difference.same_top1 else "differs"}.'
+            )
+            if not difference.same_top1 or difference.largest > TOLERANCE:
+                raise UserError(
+                    f'The file differs from the model by more than {TOLERANCE}; it was '
+                    'not kept. Try another --opset, or the other format.'
+                )
+    batch = 'any number of' if args.dynamic_batch else args.batch
+    print(f'Wrote {out}: {batch} images of 3 x {shape[0]} x {shape[1]} to logits.')
+    preprocessor = getattr(model, 'data_preprocessor', None)
+    if getattr(preprocessor, '_enable_normalize', False):
+        mean, std = (
+            [round(float(x), 3) for x in getattr(preprocessor, name).flatten()]
+            for name in ('mean', 'std')
+        )
+        # The names of mmpretrain's and of mmsegmentation's preprocessor.
+        swap = any(
+            getattr(preprocessor, name, False)
+            for name in ('to_rgb', 'channel_conversion')
+        )
+        print(
+            f'Its images: pixels of 0 to 255, as the config loads them'
+            f'{" with the channels reversed" if swap else ""}, minus {mean}, over {std}.'
+        )
+
+
+if __name__ == '__main__':
+    launch.run_cli(main, 'export.py')
