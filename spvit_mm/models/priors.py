@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmpretrain.registry import MODELS
 
@@ -304,7 +305,7 @@ class MLPSpatialPrior(SpatialPrior):
         hidden_dims (int | Sequence[int]): Width of the hidden layer, or of
             each of several. Defaults to 32.
         act_cfg (dict): Config of the activation.
-            Defaults to ``dict(type='ReLU')``.
+            Defaults to ``dict(type='ReLU', inplace=True)``.
         init (str): How the hidden layers start.
 
             - ``'released'``: weights truncated normal with std 0.02, biases 0:
@@ -323,7 +324,7 @@ class MLPSpatialPrior(SpatialPrior):
         self,
         num_heads,
         hidden_dims=32,
-        act_cfg=dict(type='ReLU'),
+        act_cfg=dict(type='ReLU', inplace=True),
         init='released',
         **kwargs,
     ):
@@ -375,10 +376,11 @@ class MLPSpatialPrior(SpatialPrior):
 
     def relation(self, offsets):
         heads, dtype = self.num_heads, offsets.dtype
-        # All heads see the same offsets: the first layer is one product.
-        weight, bias = self._layer(1)
-        x = torch.addmm(bias.to(dtype)[:, None], weight.to(dtype), offsets.t())
-        x = self.act(x.unflatten(0, (heads, -1)))
+        # All heads see the same offsets: the first layer is one product, whose bias
+        # is a third coordinate, since adding it would be a pass over the result.
+        weight = torch.cat((self.w1, self.b1[:, None]), dim=1).to(dtype)
+        x = self.act(weight @ F.pad(offsets, (0, 1), value=1.0).t())
+        x = x.unflatten(0, (heads, -1))
         for i in range(2, len(self.hidden_dims) + 1):
             weight, bias = (
                 p.to(dtype).unflatten(0, (heads, -1)) for p in self._layer(i)

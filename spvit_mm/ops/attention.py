@@ -12,7 +12,7 @@ from torch import Tensor
 from .chunked import chunked_attention
 from .compat import is_compiling
 from .eager import eager_attention
-from .flex import flex_prior_attention, why_not_flex
+from .flex import flex_prior_attention, flex_works, why_not_flex
 from .prior import check_table
 
 ATTN_IMPLS = ('auto', 'eager', 'chunked', 'flex')
@@ -134,7 +134,8 @@ def spatial_prior_attention(
             - 'auto': while tracing, compiling or exporting, eager (as chunked
               is then); else on the CPU chunked, whatever the dtype, the number of
               tokens and whether gradients are wanted; on CUDA flex where it can
-              run; and eager in all other cases. On one core in float32, 6 heads
+              run and compiles (tried once for every shape; where it fails, a
+              warning says why); and eager in all other cases. On one core in float32, 6 heads
               of 64, batch 1, as multiples of vanilla attention, forward: 196
               tokens 1.7 (eager 2.0), 576 tokens 1.7 (2.4), 1,024 tokens 1.8
               (4.0); forward and backward: 1.7 (1.8), 1.5 (2.1), 1.6 (2.6). ``benchmarks/speed.py --part layer --cpu-time`` prints them.
@@ -173,27 +174,26 @@ def spatial_prior_attention(
                 f"attn_impl='flex' cannot run here: {reason}. "
                 "attn_impl='eager' and 'chunked' can, and 'auto' chooses."
             )
-    if kernel == 'eager' or (traced and kernel == 'chunked'):
-        # A trace of the blocks would be one long graph of a fixed plan.
-        return eager_attention(
-            q,
-            k,
-            v,
-            prior,
-            hw,
-            scale,
-            num_extra_tokens,
-            dropout_p,
-            in_place=not (needs_grad or traced),
-        )
-    dtype = _autocast_dtype(q.device.type)
-    if dtype is not None and q.dtype != torch.float64:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        if kernel == 'chunked':
-            return chunked_attention(
-                q, k, v, prior, hw, scale, num_extra_tokens, dropout_p
-            )
-        return flex_prior_attention(
-            q, k, v, prior, hw, scale, num_extra_tokens, is_compiling()
-        )
+    if traced and kernel == 'chunked':
+        kernel = 'eager'  # a trace of the blocks would be a long graph of a fixed plan
+    if kernel != 'eager':
+        dtype = _autocast_dtype(q.device.type)
+        if dtype is not None and q.dtype != torch.float64:
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        args = (q, k, v, prior, hw, scale, num_extra_tokens)
+        with torch.autocast(q.device.type, enabled=False):
+            if kernel == 'chunked':
+                return chunked_attention(*args, dropout_p)
+            if attn_impl == 'flex' or flex_works(*args, needs_grad):
+                return flex_prior_attention(*args, is_compiling())
+    return eager_attention(
+        q,
+        k,
+        v,
+        prior,
+        hw,
+        scale,
+        num_extra_tokens,
+        dropout_p,
+        in_place=not (needs_grad or traced),
+    )

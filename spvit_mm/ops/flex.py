@@ -8,6 +8,7 @@ gradients reach the table.
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from typing import Optional
 
@@ -143,3 +144,73 @@ def flex_prior_attention(
         q, k, v, table = (x.detach() for x in (q, k, v, table))
     function = flex_attention_uncompiled if compiling else _compiled()
     return function(q, k, v, table.float(), tuple(hw), scale, num_extra_tokens)
+
+
+# What was tried, by all that the compiled kernel depends on.
+_tried: set[tuple] = set()
+# Kinds of inputs with which it failed; their other shapes are not tried any more.
+_failed: set[tuple] = set()
+
+
+def flex_works(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    hw: tuple[int, int],
+    scale: float,
+    num_extra_tokens: int,
+    needs_grad: bool,
+) -> bool:
+    """Whether FlexAttention compiles and runs, there and back, for these inputs.
+
+    Whether a kernel can be built is known only when it has been: it may ask for more
+    shared memory than the device has, or for a compiler that is missing, and its
+    backward half is built as late as the backward pass. So the first call with a
+    shape runs both with a gradient of zeros; what it compiles serves the calls to come.
+    The first failure of a kind of inputs is told in a warning.
+
+    Arguments as in :func:`flex_prior_attention`, and:
+
+    Args:
+        needs_grad (bool): Whether a backward pass may follow.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: Where memory is short, the kernel is not at
+            fault, and a kernel that takes more would not help.
+    """
+    inputs = (q, k, v, table)
+    kind = (q.device, q.dtype, q.shape[-1], v.shape[-1], needs_grad)
+    if kind in _failed:
+        return False
+    key = (
+        *kind,
+        *((x.shape, x.stride(), x.requires_grad) for x in inputs),
+        (*hw, scale, num_extra_tokens),
+    )
+    if key in _tried:
+        return True
+    try:
+        trial = [
+            x.detach().requires_grad_(needs_grad and x.requires_grad) for x in inputs
+        ]
+        out = flex_prior_attention(*trial, hw, scale, num_extra_tokens, False)
+        leaves = [x for x in trial if x.requires_grad]
+        if leaves:
+            torch.autograd.grad(out, leaves, torch.zeros_like(out))
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers raise errors of every class
+        _failed.add(kind)
+        reason = str(error).strip().splitlines() or ['no message']
+        warnings.warn(
+            f'FlexAttention does not run here for {q.dtype} with {q.shape[-1]} channels '
+            f"a head ({type(error).__name__}: {reason[0]}), so attn_impl='auto' takes "
+            "'eager', which needs memory for all pairs of tokens. attn_impl='chunked' "
+            'needs less.',
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return False
+    _tried.add(key)
+    return True

@@ -1,6 +1,8 @@
 """Every kernel against the formula, written out pair by pair in float64."""
 
+import importlib
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,8 +12,12 @@ from hypothesis import strategies as st
 
 from spvit_mm.ops import chunked as chunked_module
 from spvit_mm.ops import expand_prior, spatial_prior_attention
+from spvit_mm.ops import flex as flex_module
+from spvit_mm.ops.eager import eager_attention
 from spvit_mm.ops.flex import flex_attention, flex_attention_uncompiled
 
+# The package's attribute of that name is not the module.
+attention_module = importlib.import_module('spvit_mm.ops.attention')
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 needs_flex = pytest.mark.skipif(
     flex_attention is None, reason='torch < 2.5 has no FlexAttention'
@@ -542,6 +548,80 @@ def call(**changes):
 def test_bad_input_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+class FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError('no kernel')
+
+
+@pytest.fixture
+def auto_takes_flex(monkeypatch):
+    """As on CUDA, with a stand-in for the compiled kernel that counts its calls."""
+    calls = []
+
+    def install(work):
+        def flex(q, k, v, table, hw, scale, extra, compiling):
+            calls.append(q.shape)
+            return work(eager_attention(q, k, v, table, hw, scale, extra, 0.0))
+
+        for module in (attention_module, flex_module):
+            monkeypatch.setattr(module, 'flex_prior_attention', flex)
+        return calls
+
+    monkeypatch.setattr(attention_module, '_choose', lambda *_: 'flex')
+    monkeypatch.setattr(flex_module, '_tried', set())
+    monkeypatch.setattr(flex_module, '_failed', set())
+    return install
+
+
+def fails_forward(out):
+    raise RuntimeError('no kernel\nand a long story')
+
+
+@pytest.mark.parametrize('work', [fails_forward, FailsBackward.apply])
+def test_auto_falls_back_where_flex_does_not_compile(auto_takes_flex, work):
+    calls = auto_takes_flex(work)
+    q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
+    table = torch.randn(2, 3, 5).requires_grad_()
+    expected = spatial_prior_attention(q, k, v, table, (2, 3), attn_impl='eager')
+    (grad,) = torch.autograd.grad(expected.square().sum(), table)
+    with pytest.warns(RuntimeWarning, match=r'RuntimeError: no kernel\)') as caught:
+        out = spatial_prior_attention(q, k, v, table, (2, 3))
+    assert len(caught) == 1
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), table)[0], grad)
+    # told once, and not tried again with other shapes
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        spatial_prior_attention(q[:1], k[:1], v[:1], table, (2, 3))
+    assert len(calls) == 1
+
+
+def test_auto_tries_flex_once_for_every_shape(auto_takes_flex):
+    calls = auto_takes_flex(lambda out: out)
+    q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
+    table = torch.randn(2, 3, 5)
+    for _ in range(3):
+        spatial_prior_attention(q, k, v, table, (2, 3))
+    assert len(calls) == 4
+    spatial_prior_attention(q[:1], k[:1], v[:1], table, (2, 3))
+    assert len(calls) == 6
+
+
+def test_running_out_of_memory_is_not_flex_to_blame(auto_takes_flex):
+    def work(out):
+        raise torch.cuda.OutOfMemoryError('full')
+
+    auto_takes_flex(work)
+    q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        spatial_prior_attention(q, k, v, torch.randn(2, 3, 5), (2, 3))
 
 
 def test_expand_prior_refuses_another_grid():
