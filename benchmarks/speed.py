@@ -1,14 +1,17 @@
 """Time and memory of attention with a spatial prior, as ratios to none.
 
-Two parts. ``layer``: q, k, v are given, and each kernel (with the prior's MLP in
+Three parts. ``layer``: q, k, v are given, and each kernel (with the prior's MLP in
 front) stands beside ``sdpa`` (no prior: the floor) and ``naive`` (the formula as it
 is written, with the MLP on all N x N pairs). ``model``: SP-ViT-S with each kernel
 beside the same skeleton without SP-SA layers (the floor), mmpretrain's
 VisionTransformer and SwinTransformer and timm's ViT with relative positions, all of
-like size.
+like size. ``start``: a new process that imports, builds DeiT-S, loads its checkpoint and
+classifies the first image; mmpretrain's (the floor), ours with priors, and its deploy
+form.
 
 Within one case the contestants take turns, so that a busy machine slows all of them;
-medians are reported. Peak memory is taken in a process of its own each.
+medians are reported. Peak memory is taken in a process of its own each. Prints tables,
+and writes them as CSV, as Markdown and as a picture.
 
     python benchmarks/speed.py --short
     python benchmarks/speed.py --part layer --grids 14 24 32 48 64 --dtypes fp32 bf16
@@ -25,18 +28,18 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from spvit_mm.ops import spatial_prior_attention
-
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 HEADS, HEAD_DIMS, HIDDEN, PATCH = 6, 64, 32, 16
-FLOOR = {'layer': 'sdpa', 'model': 'spvit-0spsa'}
+FLOOR = {'layer': 'sdpa', 'model': 'spvit-0spsa', 'start': 'mmpretrain-vit'}
 LAYERS = ('sdpa', 'eager', 'chunked', 'flex', 'naive')
 MODELS = (
     'spvit-0spsa',
@@ -48,6 +51,12 @@ MODELS = (
     'mmpretrain-swin',
     'timm-relpos',
 )
+# What a new process does before its first result.
+START = {
+    'mmpretrain-vit': dict(type='VisionTransformer'),
+    'sp-deit': dict(type='SPViT'),
+    'sp-deit-deploy': dict(type='SPViT', deploy=True),
+}
 
 
 class Case(NamedTuple):
@@ -90,6 +99,8 @@ def build_layer(name: str, case: Case):
     def mlp(coords):
         w1, b1, w2, b2 = weights
         return 1 + b2 + w2 @ (w1 @ coords + b1).relu()
+
+    from spvit_mm.ops import spatial_prior_attention
 
     def attend():
         split = qkv.view(case.batch, tokens, 3, HEADS, HEAD_DIMS)
@@ -177,6 +188,61 @@ def build_model(name: str, case: Case):
 BUILD = {'layer': build_layer, 'model': build_model}
 
 
+# --- starting: run in processes of their own, of which the floor's is without us
+
+
+def build_starter(name: str, side: int) -> torch.nn.Module:
+    """DeiT-S for images of side x side tokens, from its config."""
+    from mmpretrain.registry import MODELS as REGISTRY
+
+    settings = dict(arch='deit-small', img_size=side * PATCH, patch_size=PATCH)
+    return REGISTRY.build(START[name] | settings)
+
+
+def start(name: str, side: int, path: str, cpu_time: bool) -> dict[str, float]:
+    """Seconds of each step of a new process, up to its first result."""
+    timer = time.process_time if cpu_time else time.perf_counter
+    marks = [timer()]
+    import mmpretrain  # noqa: F401
+
+    if name != FLOOR['start']:
+        import spvit_mm  # noqa: F401
+    from mmengine.runner import load_checkpoint
+
+    marks.append(timer())
+    net = build_starter(name, side)
+    net.eval()
+    marks.append(timer())
+    load_checkpoint(net, path, strict=True, logger='silent')
+    marks.append(timer())
+    with torch.inference_mode():
+        net(torch.zeros(1, 3, side * PATCH, side * PATCH))
+    marks.append(timer())
+    steps = ('import', 'build', 'load', 'first forward')
+    return {s: b - a for s, a, b in zip(steps, marks, marks[1:], strict=False)}
+
+
+def measure_start(case: Case, args) -> list[dict]:
+    """Rows of the table of starts, one of all steps and one of each step."""
+    import spvit_mm  # noqa: F401
+
+    times = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in START:
+            torch.manual_seed(0)
+            net = build_starter(name, case.grid)
+            torch.save({'state_dict': net.state_dict()}, f'{folder}/{name}.pth')
+        for repeat in range(args.repeats + 1):
+            for name in START:
+                job = [name, case.grid, f'{folder}/{name}.pth', args.cpu_time]
+                steps = run_apart('--start-of', job, args.threads)
+                if repeat:  # the first round fills the caches of the disk
+                    for step in (*steps, 'all'):
+                        value = steps.get(step, sum(steps.values()))
+                        times.setdefault((name, step), []).append(value)
+    return tabulate(case, times, lambda key: (FLOOR['start'], key[1]), {}, args)
+
+
 # --- measuring
 
 
@@ -226,18 +292,16 @@ def peak_memory(name: str, case: Case) -> tuple[float, float]:
     return peak, peak - before
 
 
-def peak_memory_apart(name: str, case: Case, threads: int) -> tuple[float, float]:
-    """:func:`peak_memory` in a process of its own."""
+def run_apart(option: str, job: list, threads: int):
+    """What this script prints in a process of its own."""
     command = [sys.executable, __file__, '--threads', str(threads)]
-    command += ['--memory-of', json.dumps([name, *case])]
+    command += [option, json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(
-            f'The process that measures the memory of {name} in {case} failed:\n'
-            f'{done.stderr[-2000:]}'
+            f'The process of {option} {job} failed:\n{done.stderr[-2000:]}'
         )
-    total, extra = json.loads(done.stdout.splitlines()[-1])
-    return total, extra
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(case: Case, names: list[str], args) -> list[dict]:
@@ -258,35 +322,89 @@ def measure(case: Case, names: list[str], args) -> list[dict]:
             seconds = clock(run, case.device, args.timer)
             if repeat:  # the first round warms up
                 times[name].append(seconds)
-    floor = times.get(FLOOR[case.part])
     runs.clear()
+    memory = {}
+    if args.memory and case.tokens >= args.memory_from:
+        for name in times:
+            memory[name] = run_apart('--memory-of', [name, *case], args.threads)
+    return tabulate(case, times, lambda _: FLOOR[case.part], memory, args)
+
+
+def tabulate(case: Case, times: dict, floor_of, memory: dict, args) -> list[dict]:
+    """Medians of one case's times, printed as a table.
+
+    Args:
+        case (Case): The case.
+        times (dict): Seconds of each round, by name or (name, step).
+        floor_of (Callable): From a key of ``times`` to that of its floor.
+        memory (dict): Megabytes by name: in all, and above those before the run.
+        args (argparse.Namespace): The options.
+
+    Returns:
+        list[dict]: The rows.
+    """
     print(
         f'\n{case.part} {case.mode}, {case.grid} x {case.grid} tokens, '
         f'batch {case.batch}, {case.dtype}, {case.device}'
     )
-    print(f'  {"":18}{"ms":>10}{"ratio":>8}{"peak MB":>10}{"run MB":>9}')
+    print(f'  {"":30}{"ms":>10}{"ratio":>8}{"peak MB":>10}{"ratio":>8}{"run MB":>9}')
+    nothing = (float('nan'), float('nan'))
     rows = []
-    for name, values in times.items():
+    for key, values in times.items():
+        floor = floor_of(key)
         # The ratio of each round, not of two medians: neighbours in time share load.
-        ratios = [a / b for a, b in zip(values, floor, strict=True)] if floor else []
-        peak, extra = float('nan'), float('nan')
-        if args.memory:
-            peak, extra = peak_memory_apart(name, case, args.threads)
+        rounds = zip(
+            values, times.get(floor, [float('nan')] * len(values)), strict=True
+        )
+        peak, extra = memory.get(key, nothing)
+        name = key if isinstance(key, str) else ', '.join(key)
         row = {
             **case._asdict(),
             'tokens': case.tokens,
             'name': name,
             'ms': 1000 * statistics.median(values),
-            'ratio': statistics.median(ratios) if ratios else float('nan'),
+            'ratio': statistics.median(a / b for a, b in rounds),
             'peak_mb': peak,
+            'peak_ratio': peak / memory.get(floor, nothing)[0],
             'run_mb': extra,
         }
         rows.append(row)
         print(
-            f'  {name:18}{row["ms"]:10.2f}{row["ratio"]:8.2f}{peak:10.0f}{extra:9.0f}',
+            f'  {name:30}{row["ms"]:10.2f}{row["ratio"]:8.2f}{peak:10.0f}'
+            f'{row["peak_ratio"]:8.2f}{extra:9.0f}',
             flush=True,
         )
     return rows
+
+
+def markdown(rows: list[dict], where: str) -> str:
+    """All rows as tables, with what was run, when and on what."""
+    lines = [f'`python {" ".join(sys.argv)}`, {date.today()}, {where}', '']
+    heads = ('', 'ms', 'ratio to the floor', 'peak memory, MB', 'ratio')
+    fields = (
+        ('ms', '.1f'),
+        ('ratio', '.2f'),
+        ('peak_mb', '.0f'),
+        ('peak_ratio', '.2f'),
+    )
+    seen = None
+    for row in rows:
+        case = Case(*(row[field] for field in Case._fields))
+        if case != seen:
+            seen = case
+            side = case.grid * PATCH
+            lines += [
+                '',
+                f'**{case.part}, {case.mode}, {case.tokens} tokens ({side} px), batch '
+                f'{case.batch}, {case.dtype}, {case.device}**',
+                '',
+                '| ' + ' | '.join(heads) + ' |',
+                '| --- ' * len(heads) + '|',
+            ]
+        values = [format(row[field], form) for field, form in fields]
+        values = ['' if value == 'nan' else value for value in values]
+        lines.append(f'| {row["name"]} | ' + ' | '.join(values) + ' |')
+    return '\n'.join(lines) + '\n'
 
 
 def slope(points: list[tuple[float, float]]) -> float:
@@ -349,6 +467,8 @@ def cases_of(args) -> list[Case]:
                 cases.append(
                     Case('model', mode, int(grid), int(batch), dtype, args.device)
                 )
+    if 'start' in args.part:
+        cases.append(Case('start', 'infer', 14, 1, 'fp32', 'cpu'))
     return cases
 
 
@@ -377,7 +497,7 @@ def parse_args(argv=None):
     def add(name, text=None, **kwargs):
         parser.add_argument(name, help=text, **kwargs)
 
-    add('--part', nargs='+', choices=list(BUILD), default=list(BUILD))
+    add('--part', nargs='+', choices=list(FLOOR), default=list(FLOOR))
     grids = [14, 24, 32, 48, 64]
     add('--grids', 'sides of the layer part', nargs='+', type=int, default=grids)
     cases = ['infer:14:8', 'infer:32:1', 'train:14:4', 'infer:64:1']
@@ -398,14 +518,16 @@ def parse_args(argv=None):
     add('--short', 'a run of under five minutes', action='store_true')
     add('--out-dir', type=Path, default=Path('work_dirs/speed'))
     add('--memory-of', argparse.SUPPRESS)
+    add('--start-of', argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.timer = time.perf_counter
     if args.cpu_time:
         if args.device != 'cpu':
             parser.error('--cpu-time is for --device cpu')
         args.timer, args.threads = time.process_time, 1
+    args.memory_from = 0
     if args.short:
-        args.grids, args.cases = [14, 24, 32], cases[:3]
+        args.grids, args.cases, args.memory_from = [14, 24, 32], cases[:3], 32**2
     for text in args.cases:
         mode, *numbers = text.split(':')
         whole = len(numbers) == 2 and all(x.isdigit() and int(x) for x in numbers)
@@ -427,20 +549,31 @@ def main(argv=None) -> None:
         name, *case = json.loads(args.memory_of)
         print(json.dumps(peak_memory(name, Case(*case))))
         return
-    where = platform.machine()
+    if args.start_of:
+        print(json.dumps(start(*json.loads(args.start_of))))
+        return
+    where = f'{args.threads} threads of {platform.machine()}'
     if args.device == 'cuda':
         where = torch.cuda.get_device_name()
-    print(f'torch {torch.__version__}, {where}, {args.threads} threads')
+    elif args.cpu_time:
+        where += ', CPU time'
+    where = f'torch {torch.__version__}, {where}'
+    print(where)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for case in cases_of(args):
-        rows += measure(case, contestants(case, args), args)
+        if case.part == 'start':
+            rows += measure_start(case, args)
+        else:
+            rows += measure(case, contestants(case, args), args)
         if rows:
             with open(args.out_dir / 'speed.csv', 'w', newline='') as file:
                 writer = csv.DictWriter(file, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
-    print(f'\nWrote {args.out_dir / "speed.csv"}')
+    text = markdown(rows, where)
+    (args.out_dir / 'speed.md').write_text(text)
+    print(f'\n{text}\nWrote speed.csv and speed.md in {args.out_dir}')
     plot(rows, args.out_dir / 'speed.png')
 
 

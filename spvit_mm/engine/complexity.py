@@ -27,6 +27,20 @@ def attention_flops(inputs, outputs) -> int:
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def baddbmm_flops(inputs, outputs) -> int:
+    """Count a batch of matrix products with something added, as in the prior's MLP.
+
+    Args:
+        inputs (list[torch._C.Value]): The traced inputs: addend, (b, n, k), (b, k, m).
+        outputs (list[torch._C.Value]): The traced outputs.
+
+    Returns:
+        int: The number of multiply-adds, b n k m.
+    """
+    left, right = (get_shape(v) for v in inputs[1:3])
+    return prod(left) * right[-1]
+
+
 def register_flop_counter(op: str, counter: Callable = attention_flops) -> None:
     """Let mmengine's analysis count an operator that it does not know.
 
@@ -45,3 +59,4 @@ def register_flop_counter(op: str, counter: Callable = attention_flops) -> None:
 
 
 register_flop_counter('aten::scaled_dot_product_attention')
+register_flop_counter('aten::baddbmm', baddbmm_flops)

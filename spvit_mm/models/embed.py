@@ -102,7 +102,11 @@ class PEG(BaseModule):
         grid = x[:, num_extra_tokens:]
         # (B, N, C) -> (B, C, H, W), a view that is channels-last in memory
         image = grid.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        grid = grid + self.proj(image).flatten(2).transpose(1, 2)
+        position = self.proj(image).flatten(2).transpose(1, 2)
+        if torch.is_grad_enabled() or position.dtype != grid.dtype:
+            grid = grid + position
+        else:
+            grid = position.add_(grid)  # nobody else holds it
         if not num_extra_tokens:
             return grid
         return torch.cat((x[:, :num_extra_tokens], grid), dim=1)

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from spvit_mm.engine import register_flop_counter
+from spvit_mm.models import SPViT
 
 
 class Attention(nn.Module):
@@ -41,3 +42,30 @@ def test_a_counter_that_is_there_stays():
     shape = ((1, 2, 3),) * 3
     info = get_model_complexity_info(Attention(True), shape, show_arch=False)
     assert info['flops'] == 1 * 2 * 2 * 6
+
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_every_kernel_counts_alike(grad):
+    """Attention products: 2 N N C multiply-adds a layer, spatial or vanilla."""
+
+    def count(**kwargs):
+        arch = dict(embed_dims=24, num_layers=4, num_heads=3, feedforward_channels=48)
+        model = SPViT(
+            arch, img_size=(32, 48), patch_size=8, cls_token_layer=0, **kwargs
+        )
+        with torch.set_grad_enabled(grad):
+            info = get_model_complexity_info(
+                model.eval(), (3, 32, 48), show_arch=False, show_table=False
+            )
+        return info
+
+    def by_kernel(impl):
+        attn_cfg = dict(type='SpatialPriorAttention', attn_impl=impl)
+        return count(num_spsa_layers=3, attn_cfg=attn_cfg)['flops']
+
+    flops = {impl: by_kernel(impl) for impl in ('eager', 'chunked', 'auto')}
+    assert len(set(flops.values())) == 1, flops
+    # The prior takes two products over its offsets, and nothing else comes on top.
+    offsets, hidden = 7 * 11, 32
+    prior = 3 * (3 * hidden) * offsets * (3 + 1)
+    assert flops['auto'] == count(num_spsa_layers=0)['flops'] + prior
