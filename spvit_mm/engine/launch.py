@@ -208,10 +208,11 @@ def build_model(cfg: Config) -> torch.nn.Module:
     if cfg.get('model') is None:
         raise UserError(f'The config {cfg.filename} has no model.')
     init_default_scope(scope_of(cfg))
+    settings = cfg.model.copy()
     if cfg.get('data_preprocessor'):
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        settings.setdefault('data_preprocessor', cfg.data_preprocessor)
     with building(f'The model of {cfg.filename} cannot be built'):
-        return MODELS.build(cfg.model)
+        return MODELS.build(settings)
 
 
 def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, dict]:

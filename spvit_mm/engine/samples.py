@@ -7,12 +7,11 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS
 from PIL import Image, UnidentifiedImageError
 
 from . import launch
 from .errors import UserError
-from .hooks import load_whole_checkpoint
 
 
 def load_model(config: str, checkpoint: str):
@@ -25,18 +24,7 @@ def load_model(config: str, checkpoint: str):
         UserError: For a config or checkpoint that cannot be taken.
     """
     cfg = launch.load_config(config)
-    launch.check_checkpoint(checkpoint)
-    init_default_scope(launch.scope_of(cfg))
-    if cfg.get('model') is None:
-        raise UserError(f'The config {config} has no `model`.')
-    settings = cfg.model.copy()
-    if cfg.get('data_preprocessor') and 'data_preprocessor' not in settings:
-        settings['data_preprocessor'] = cfg.data_preprocessor
-    with launch.building(f'The model of {config} cannot be built'):
-        model = MODELS.build(settings)
-    with launch.building(f'{checkpoint} cannot be loaded'):
-        load_whole_checkpoint(model, checkpoint)
-    model.eval()
+    model, _ = launch.load_trained_model(cfg, checkpoint)
     return cfg, model
 
 
