@@ -59,12 +59,6 @@ def relative_offsets(hw, device='cpu'):
     return _cached_offsets((int(height), int(width)), torch.device(device))
 
 
-def compute_dtype(dtype):
-    """The dtype to compute a prior in: float32, or float64 where that is given."""
-    # torch.promote_types breaks the graph of torch.compile before torch 2.2.
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def place_offsets(offsets, hw, train_grid, coords):
     """What a spatial relation sees of the offsets of a grid.
 

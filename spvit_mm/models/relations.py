@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 from mmpretrain.registry import MODELS
 
-from .priors import SpatialPrior, compute_dtype, place_offsets, relative_offsets
+from ..ops.compat import compute_dtype
+from .priors import SpatialPrior, place_offsets, relative_offsets
 
 
 @MODELS.register_module()

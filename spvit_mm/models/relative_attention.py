@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from mmpretrain.registry import MODELS
 
 from ..ops import expand_prior
+from ..ops.compat import compute_dtype
 from .attention import GridAttention
-from .priors import compute_dtype, relative_offsets
+from .priors import relative_offsets
 from .relations import check_grid, fit_table, resize_table, table_size
 
 

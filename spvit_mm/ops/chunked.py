@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .compat import score_dtype
+from .compat import compute_dtype
 from .prior import expand_columns, fold_columns, row_slice
 
 # Row sums of exp between these need no shift: every logit that counts then lies
@@ -382,7 +382,7 @@ def chunked_attention(
     device's default generator. Arguments as in
     :func:`~spvit_mm.ops.spatial_prior_attention`, already checked.
     """
-    table = table.to(score_dtype(q.dtype))
+    table = table.to(compute_dtype(q.dtype))
     seed = int(torch.randint(1 << 62, ()).item()) if dropout_p else None
     plan = plan_blocks(
         q.shape[0],

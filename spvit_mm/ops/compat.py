@@ -10,8 +10,8 @@ except AttributeError:  # torch < 2.3
     is_compiling = torch._dynamo.is_compiling
 
 
-def score_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores and softmax for inputs of ``dtype``: float32 at least.
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute priors, scores and softmax in: float32 at least.
 
     torch.promote_types says the same, but dynamo of torch < 2.3 cannot trace it.
     """

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compat import score_dtype
+from .compat import compute_dtype
 from .prior import expand_pairs
 
 
@@ -33,7 +33,7 @@ def eager_attention(
     """
     # Scaling q costs N * d products where scaling the scores would cost N * N.
     logits = torch.matmul(q * scale, k.transpose(-2, -1))
-    compute = score_dtype(logits.dtype)
+    compute = compute_dtype(logits.dtype)
     omega = expand_pairs(table.to(compute), hw)
     if num_extra_tokens:
         omega = F.pad(omega, (num_extra_tokens, 0, num_extra_tokens, 0), value=1.0)
