@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from mmengine.model import revert_sync_batchnorm
 
 from spvit_mm.engine import UserError, export, launch
 from spvit_mm.engine.files import whole_file
@@ -148,6 +149,51 @@ def test_onnx(trained, tmp_path, capsys, options, size, batches):
     if '--dynamic-batch' not in options:
         with pytest.raises(Exception, match='nvalid dimensions'):
             run_onnx(out, torch.randn(7, 3, *size))
+
+
+SEGMENTOR = """
+default_scope = 'mmseg'
+custom_imports = dict(imports=['spvit_mm'])
+model = dict(
+    type='EncoderDecoder', train_cfg=dict(), test_cfg=dict(mode='whole'),
+    backbone=dict(
+        type='mmpretrain.SPViT', img_size=32, patch_size=8, out_type='featmap',
+        arch=dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=32)),
+    decode_head=dict(
+        type='FCNHead', in_channels=32, channels=8, num_convs=1, num_classes=5,
+        in_index=-1, norm_cfg=dict(type='SyncBN')))
+"""
+GATED = CONFIG.replace(
+    'with_peg=True,', "attn_cfg=dict(type='GatedPositionalAttention', init='random'),"
+)
+
+
+@pytest.mark.parametrize('text', [SEGMENTOR, GATED])
+def test_onnx_of_other_models(tmp_path, text):
+    config, checkpoint = tmp_path / 'tiny.py', tmp_path / 'tiny.pth'
+    config.write_text(text)
+    model = launch.build_model(launch.load_config(str(config))).eval()
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.2)
+    torch.save(model.state_dict(), checkpoint)
+    shape = ('--shape', 24, 40, '--dynamic-batch')
+    command(EXPORT, config, checkpoint, tmp_path / 'tiny.onnx', *shape)
+    images = torch.randn(3, 3, 24, 40)
+    expected = logits(revert_sync_batchnorm(model), images).numpy()
+    found = run_onnx(tmp_path / 'tiny.onnx', images)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_difference_in_the_top_class_shows():
+    ours = torch.tensor([[1.0, 2.0, 0.0], [5.0, 0.0, 4.0]])
+    same = export.Difference(ours, ours + 1e-3)
+    assert same.same_top1
+    assert same.largest == pytest.approx(1e-3 / 5, rel=1e-3)
+    swapped = ours.clone()
+    swapped[0, 0] = 2.0 + 1e-4
+    swapped[0, 1] -= 1e-6
+    assert not export.Difference(ours, swapped).same_top1
 
 
 @pytest.mark.skipif(not export.HAS_EXPORT, reason='torch < 2.5: refused, see below')
