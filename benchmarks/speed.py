@@ -3,7 +3,8 @@
 Three parts. ``layer``: q, k, v are given, and each kernel (with the prior's MLP in
 front) stands beside ``sdpa`` (no prior: the floor) and ``naive`` (the formula as it
 is written, with the MLP on all N x N pairs). ``model``: SP-ViT-S with each kernel
-beside the same skeleton without SP-SA layers (the floor), mmpretrain's
+and in its deploy form beside the same skeleton without SP-SA layers (the floor), the
+priors' values alone, mmpretrain's
 VisionTransformer and SwinTransformer and timm's ViT with relative positions, all of
 like size. ``start``: a new process that imports, builds DeiT-S, loads its checkpoint and
 classifies the first image; mmpretrain's (the floor), ours with priors, and its deploy
@@ -47,6 +48,8 @@ MODELS = (
     'spvit-eager',
     'spvit-chunked',
     'spvit-flex',
+    'spvit-deploy',
+    'prior-values',
     'mmpretrain-vit',
     'mmpretrain-swin',
     'timm-relpos',
@@ -127,6 +130,20 @@ def build_layer(name: str, case: Case):
     return run
 
 
+class PriorValues(torch.nn.Module):
+    """What computing the values of all priors of a network costs."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.hw = net.patch_resolution
+        self.priors = torch.nn.ModuleList(
+            layer.attn.prior for layer in net.layers[: net.num_spsa_layers]
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([prior(self.hw) for prior in self.priors])
+
+
 def build_network(name: str, case: Case) -> torch.nn.Module:
     """A network of the size of SP-ViT-S / DeiT-S for the case's image."""
     image = case.grid * PATCH
@@ -149,6 +166,10 @@ def build_network(name: str, case: Case) -> torch.nn.Module:
     kind = name.split('-')[1]
     if kind == '0spsa':
         return SPViT(arch='spvit-small', img_size=image, num_spsa_layers=0)
+    if kind == 'deploy':
+        return SPViT(arch='spvit-small', img_size=image, deploy=True)
+    if kind == 'values':
+        return PriorValues(SPViT(arch='spvit-small', img_size=image))
     attn_cfg = {'type': 'SpatialPriorAttention', 'attn_impl': kind}
     return SPViT(arch='spvit-small', img_size=image, attn_cfg=attn_cfg)
 
@@ -480,7 +501,7 @@ def contestants(case: Case, args) -> list[str]:
     skip = {
         'naive': case.tokens > args.max_naive,
         'eager': case.tokens > args.max_eager,
-        'spvit-eager': case.tokens > args.max_eager,
+        'spvit-eager': case.tokens > args.max_eager or (args.short and not args.names),
         'flex': on_request,
         'spvit-flex': on_request,
         # The same kernel as auto there.
