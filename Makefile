@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.spvit_mm-ready
 READY_OPENMMLAB := $(VENV_OPENMMLAB)/.spvit_mm-ready
 
-.PHONY: help install quickstart demo-segmentation demo-tokenlabel test test-slow lint smoke-openmmlab
+.PHONY: help install quickstart demo-segmentation demo-tokenlabel bench test test-slow lint smoke-openmmlab
 
 help:
 	@echo 'make quickstart       train, evaluate and look inside an SP-ViT on handwritten digits'
-	@echo 'make demo-segmentation  UPerNet on SP-ViT on scenes of handwritten digits: mIoU and pictures'
+	@echo 'make demo-segmentation  UPerNet on scenes of handwritten digits: mIoU and pictures'
 	@echo 'make demo-tokenlabel  token labeling on the digits: top-1 with and without, 3 seeds'
+	@echo 'make bench            speed and memory, the short version'
 	@echo 'make test             the test suite (under 10 minutes on 2 cores)'
 	@echo 'make test-slow        the tests that take longer'
 	@echo 'make lint             ruff'
@@ -23,7 +24,7 @@ help:
 install: $(READY)
 
 # Made anew only when the requirements change.
-$(READY): requirements/readme.txt requirements/dev.txt setup.cfg pyproject.toml
+$(READY): requirements/readme.txt requirements/dev.txt requirements/deploy.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'spvit_mm needs Python 3.10 or newer: make PYTHON=python3.11 ...' >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +40,10 @@ demo-segmentation: $(READY)
 
 demo-tokenlabel: $(READY)
 	$(BIN)/python benchmarks/digits_token_labeling.py
+
+bench: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/bench.txt
+	$(BIN)/python benchmarks/speed.py --short
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
