@@ -24,6 +24,7 @@ from mmengine.device import get_device
 from mmengine.hooks import LoggerHook
 from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
+from mmpretrain.engine import VisualizationHook
 
 from .data_checks import building_data
 from .errors import CorruptImageError, UserError, describe_error
@@ -509,7 +510,9 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _set_visualization(cfg: Config, args) -> None:
-    """Switch on the visualization hook, mmpretrain's or mmsegmentation's."""
+    """Switch on the visualization hook, mmsegmentation's or ours for mmpretrain's."""
+    if args.interval < 1:
+        raise UserError(f'--interval must be 1 or more, got {args.interval}.')
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
         raise UserError(
@@ -523,6 +526,8 @@ def _set_visualization(cfg: Config, args) -> None:
             hook_class = registry.get(hook_class)
     if hook_class is None:
         raise UserError(f'The visualization hook {hook.type} is not registered.')
+    if hook_class is VisualizationHook:
+        hook.type = 'mmpretrain.ClsVisualizationHook'
     known = inspect.signature(hook_class).parameters
     hook['enable' if 'enable' in known else 'draw'] = True
     hook.show = args.show

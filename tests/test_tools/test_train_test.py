@@ -117,8 +117,11 @@ def test_test_outputs(trained, tmp_path, capsys):
         predictions = pickle.load(file)
     assert len(predictions) == 6
     assert predictions[0]['pred_score'].shape == (3,)
-    assert len(list((tmp_path / 'pictures').glob('*.png'))) == 2  # names repeat
+    pictures = {p.name for p in (tmp_path / 'pictures').iterdir()}
+    assert pictures == {f'{name}_{i}_0.png' for name in 'abc' for i in range(2)}
 
+    text = fails(capsys, *common, '--show-dir', tmp_path / 'p', '--interval', '0')
+    assert '--interval must be 1 or more' in text
     text = fails(capsys, *common, '--tta', '--show-dir', tmp_path / 'pictures')
     assert 'cannot be combined with --tta' in text
 
