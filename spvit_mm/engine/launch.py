@@ -275,11 +275,24 @@ def distribute_on_cpu(cfg: Config) -> None:
 
 
 def set_dataloader_defaults(cfg: Config, args, names: tuple) -> None:
-    """Give the data loaders of a config the defaults of mmpretrain's tools."""
+    """Give the data loaders of a config the defaults of mmpretrain's tools.
+
+    Raises:
+        UserError: For a batch size or a number of workers that cannot be.
+    """
     for name in names:
         loader = cfg.get(name)
         if not isinstance(loader, dict):
             continue
+        for key, least in (('batch_size', 1), ('num_workers', 0)):
+            value = loader.get(key, least)
+            if key == 'batch_size' and value is None:
+                continue  # the data set makes the batches
+            if not isinstance(value, int) or value < least:
+                raise UserError(
+                    f'{name}.{key} must be an integer of {least} or more, got '
+                    f'{value!r}.'
+                )
         loader.setdefault('pin_memory', torch.cuda.is_available())
         if args.no_pin_memory:
             loader.pin_memory = False
@@ -622,6 +635,22 @@ def show_progress(runner, dataloader) -> None:
             hook.interval = min(hook.interval, max(1, len(dataloader) // 4))
 
 
+def warn_of_checkpoints(runner) -> None:
+    """Warn of an earlier training's checkpoints, which a new one overwrites.
+
+    Running again into the same folder is usual, so it is no error.
+    """
+    paths = sorted(glob(osp.join(escape(runner.work_dir), '*.pth')), key=osp.getmtime)
+    if paths and not runner.cfg.get('resume'):
+        shown = ['...'] * (len(paths) > 3) + [osp.basename(path) for path in paths[-3:]]
+        runner.logger.warning(
+            f'{runner.work_dir} holds checkpoints of an earlier training '
+            f'({", ".join(shown)}). This one starts anew and overwrites those of the '
+            'same name. To keep them, stop it and continue with --resume or choose '
+            'another --work-dir.'
+        )
+
+
 def run_training(cfg: Config) -> Runner:
     """Train what a config describes, its data sets checked first.
 
@@ -649,6 +678,7 @@ def run_training(cfg: Config) -> Runner:
     for part, hint in hints.items():
         build = building(f'{part} of {cfg.filename} cannot be built{hint}')
         setattr(runner, f'build_{part}', build(getattr(runner, f'build_{part}')))
+    warn_of_checkpoints(runner)
     runner.train()
     return runner
 
