@@ -3,6 +3,7 @@ from .data_checks import check_dataset, guard_images
 from .errors import CorruptImageError, UserError
 from .hooks import (
     AtomicCheckpointHook,
+    ClsVisualizationHook,
     DataCheckHook,
     LoadReport,
     LoadReportHook,
@@ -19,6 +20,7 @@ __all__ = [
     'AtomicCheckpointHook',
     'BFloat16OptimWrapper',
     'BackboneLayerDecayOptimWrapperConstructor',
+    'ClsVisualizationHook',
     'CorruptImageError',
     'DataCheckHook',
     'LoadReport',

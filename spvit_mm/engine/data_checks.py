@@ -10,6 +10,7 @@ from typing import Optional
 
 import numpy as np
 import torch
+import torch.nn as nn
 from mmcv.transforms import LoadImageFromFile
 from mmengine.logging import print_log
 from mmpretrain.models.backbones import VisionTransformer
@@ -157,7 +158,7 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
         if num_classes is not None and labels.max() >= num_classes:
             raise UserError(
                 f'The {split} data has labels up to {labels.max()} and the head of the '
-                f'model tells {num_classes} classes apart (labels 0 to '
+                f'model has num_classes={num_classes} (labels from 0 to '
                 f'{num_classes - 1}). Set model.head.num_classes to the number of '
                 f'classes. {_where(leaf)}'
             )
@@ -184,6 +185,36 @@ def check_widths(model) -> None:
             f'{backbone.embed_dims} channels (its embed_dims). Set '
             f'model.head.in_channels={backbone.embed_dims}.'
         )
+
+
+def check_normalization(model) -> None:
+    """Raise an error where the preprocessor normalizes other channels than there are.
+
+    Only a VisionTransformer's channels are known, those of its stem.
+
+    Args:
+        model (nn.Module): A built classifier or segmentor.
+
+    Raises:
+        UserError: If ``data_preprocessor.mean`` or ``std`` has neither one value nor
+            one for each channel.
+    """
+    backbone = getattr(model, 'backbone', None)
+    if not isinstance(backbone, VisionTransformer):
+        return
+    stem = backbone.patch_embed.modules()
+    convs = [module for module in stem if isinstance(module, nn.Conv2d)]
+    for name in ('mean', 'std'):
+        value = getattr(model.data_preprocessor, name, None)
+        if not convs or not isinstance(value, torch.Tensor):
+            continue
+        channels = convs[0].in_channels
+        if value.numel() not in (1, channels):
+            raise UserError(
+                f'data_preprocessor.{name} has {value.numel()} values, and the backbone '
+                f'has in_channels={channels}. Give a value for each channel, or a '
+                'single one for all.'
+            )
 
 
 def check_same_classes(training, other, split: str) -> None:
@@ -238,7 +269,11 @@ class GuardedLoading:
         if loaded is not None:
             return loaded
         path = results.get('img_path')
-        size = f' ({osp.getsize(path)} bytes)' if osp.isfile(str(path)) else ''
+        size = ''
+        if osp.isfile(str(path)):
+            size = f' ({osp.getsize(path)} bytes)'
+            if osp.getsize(path) == 0:
+                reason = 'the file is empty'
         message = f'The image {path}{size} cannot be read: {reason}.'
         if self.skip:
             self.skipped += 1

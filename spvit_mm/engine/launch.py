@@ -24,6 +24,7 @@ from mmengine.device import get_device
 from mmengine.hooks import LoggerHook
 from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
+from mmpretrain.engine import VisualizationHook
 
 from .data_checks import building_data
 from .errors import CorruptImageError, UserError, describe_error
@@ -274,11 +275,24 @@ def distribute_on_cpu(cfg: Config) -> None:
 
 
 def set_dataloader_defaults(cfg: Config, args, names: tuple) -> None:
-    """Give the data loaders of a config the defaults of mmpretrain's tools."""
+    """Give the data loaders of a config the defaults of mmpretrain's tools.
+
+    Raises:
+        UserError: For a batch size or a number of workers that cannot be.
+    """
     for name in names:
         loader = cfg.get(name)
         if not isinstance(loader, dict):
             continue
+        for key, least in (('batch_size', 1), ('num_workers', 0)):
+            value = loader.get(key, least)
+            if key == 'batch_size' and value is None:
+                continue  # the data set makes the batches
+            if not isinstance(value, int) or value < least:
+                raise UserError(
+                    f'{name}.{key} must be an integer of {least} or more, got '
+                    f'{value!r}.'
+                )
         loader.setdefault('pin_memory', torch.cuda.is_available())
         if args.no_pin_memory:
             loader.pin_memory = False
@@ -509,7 +523,9 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _set_visualization(cfg: Config, args) -> None:
-    """Switch on the visualization hook, mmpretrain's or mmsegmentation's."""
+    """Switch on the visualization hook, mmsegmentation's or ours for mmpretrain's."""
+    if args.interval < 1:
+        raise UserError(f'--interval must be 1 or more, got {args.interval}.')
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
         raise UserError(
@@ -523,6 +539,8 @@ def _set_visualization(cfg: Config, args) -> None:
             hook_class = registry.get(hook_class)
     if hook_class is None:
         raise UserError(f'The visualization hook {hook.type} is not registered.')
+    if hook_class is VisualizationHook:
+        hook.type = 'mmpretrain.ClsVisualizationHook'
     known = inspect.signature(hook_class).parameters
     hook['enable' if 'enable' in known else 'draw'] = True
     hook.show = args.show
@@ -617,6 +635,22 @@ def show_progress(runner, dataloader) -> None:
             hook.interval = min(hook.interval, max(1, len(dataloader) // 4))
 
 
+def warn_of_checkpoints(runner) -> None:
+    """Warn of an earlier training's checkpoints, which a new one overwrites.
+
+    Running again into the same folder is usual, so it is no error.
+    """
+    paths = sorted(glob(osp.join(escape(runner.work_dir), '*.pth')), key=osp.getmtime)
+    if paths and not runner.cfg.get('resume'):
+        shown = ['...'] * (len(paths) > 3) + [osp.basename(path) for path in paths[-3:]]
+        runner.logger.warning(
+            f'{runner.work_dir} holds checkpoints of an earlier training '
+            f'({", ".join(shown)}). This one starts anew and overwrites those of the '
+            'same name. To keep them, stop it and continue with --resume or choose '
+            'another --work-dir.'
+        )
+
+
 def run_training(cfg: Config) -> Runner:
     """Train what a config describes, its data sets checked first.
 
@@ -644,6 +678,7 @@ def run_training(cfg: Config) -> Runner:
     for part, hint in hints.items():
         build = building(f'{part} of {cfg.filename} cannot be built{hint}')
         setattr(runner, f'build_{part}', build(getattr(runner, f'build_{part}')))
+    warn_of_checkpoints(runner)
     runner.train()
     return runner
 

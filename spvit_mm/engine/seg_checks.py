@@ -49,7 +49,7 @@ class GuardedAnnotations:
         if bad.size:
             raise CorruptImageError(
                 f'The mask {path} holds the values {bad[:5].tolist()}, and the head '
-                f'tells {self.num_classes} classes apart (values 0 to '
+                f'has num_classes={self.num_classes} (values from 0 to '
                 f'{self.num_classes - 1}, and 255 to ignore). Set num_classes of the '
                 'heads to the number of classes, or reduce_zero_label=True in the '
                 'data set if 0 means "no class".'

@@ -20,8 +20,9 @@ from .embed import PEG
 from .priors import ConstantSpatialPrior, SpatialPrior
 
 
-def is_positive_int(value):
-    return isinstance(value, (int, np.integer)) and value >= 1
+def is_int(value):
+    """Whether it is a whole number; True and False are taken for a mistake."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 class SPViTLayer(TransformerEncoderLayer):
@@ -158,8 +159,9 @@ class SPViT(VisionTransformer):
         attn_cfg (dict, optional): Config of the attention of those layers: a
             registered module that is built with the arguments of
             :class:`SpatialPriorAttention` but ``prior``, and called with the
-            tokens, the grid and a shared prior's table or None. Defaults to
-            None: ``dict(type='SpatialPriorAttention')``.
+            tokens, the grid and a shared prior's table or None. Without a
+            ``type``, as in ``dict(attn_impl='eager')``, it is that class.
+            Defaults to None: ``dict(type='SpatialPriorAttention')``.
         share_prior (str): ``'none'``: one prior per head and layer. ``'heads'``:
             one per layer for all its heads. ``'network'``: one set for the
             whole network. Defaults to 'none'.
@@ -184,8 +186,10 @@ class SPViT(VisionTransformer):
             VisionTransformer. 'raw' holds the class token where it has joined.
             Defaults to 'cls_token'.
         with_cls_token (bool): Defaults to True.
-        frozen_stages (int): Freeze stem and this many layers (they stay in
-            eval mode, too). Defaults to -1: nothing.
+        frozen_stages (int): Freeze this many layers and the stem (they stay in
+            eval mode, too), and with them a prior that the whole network
+            shares, whose table they use. 0 and -1 freeze nothing.
+            Defaults to -1.
         freeze_all_but_priors (bool): Let nothing of the backbone learn but its
             spatial priors; the rest stays in eval mode. With a head, these are
             a few thousand parameters to fit a pretrained model to new images.
@@ -201,7 +205,8 @@ class SPViT(VisionTransformer):
         interpolate_mode (str): How the position embedding is resized.
             Defaults to 'bicubic'.
         pre_norm (bool): A norm before the layers. Defaults to False.
-        patch_cfg (dict): More arguments of the stem. Defaults to an empty dict.
+        patch_cfg (dict): More arguments of the stem; they win over those of
+            ``stem``. Defaults to an empty dict.
         layer_cfgs (Sequence[dict] | dict): More arguments of the layers.
             Defaults to an empty dict.
         deploy (bool): Whether every prior is a table of constants for one grid, as
@@ -309,14 +314,16 @@ class SPViT(VisionTransformer):
                 f'got {stem!r}.'
             )
         if stem != 'patch':
+            stem = dict(type='ConvStem') if stem == 'conv' else stem
+            if isinstance(stem, dict):
+                stem = {**stem, **patch_cfg}
             self.patch_embed = build_child(
-                dict(type='ConvStem') if stem == 'conv' else stem,
+                stem,
                 'stem',
                 in_channels=in_channels,
                 embed_dims=self.embed_dims,
                 patch_size=patch_size,
                 input_size=img_size,
-                **patch_cfg,
             )
             self.patch_resolution = self.patch_embed.init_out_size
 
@@ -345,10 +352,10 @@ class SPViT(VisionTransformer):
             layer_scale_init_value=layer_scale_init_value,
         )
 
-        if not -1 <= frozen_stages <= self.num_layers:
+        if not is_int(frozen_stages) or not -1 <= frozen_stages <= self.num_layers:
             raise ValueError(
-                f'`frozen_stages` must lie in -1..{self.num_layers} (the number of '
-                f'layers), got {frozen_stages}.'
+                f'`frozen_stages` must be an integer in -1..{self.num_layers} (the '
+                f'number of layers), got {frozen_stages!r}.'
             )
         self.frozen_stages = frozen_stages
         self.freeze_all_but_priors = freeze_all_but_priors
@@ -377,7 +384,7 @@ class SPViT(VisionTransformer):
     ):
         for name, value in (('img_size', img_size), ('patch_size', patch_size)):
             sides = to_2tuple(value)
-            if len(sides) != 2 or any(not is_positive_int(side) for side in sides):
+            if len(sides) != 2 or any(not is_int(side) or side < 1 for side in sides):
                 raise ValueError(
                     f'`{name}` must be a positive integer or two of them (h, w), in '
                     f'pixels, got {value!r}.'
@@ -397,27 +404,28 @@ class SPViT(VisionTransformer):
     def _check_num_spsa_layers(self, value):
         if value is None:
             return max(self.num_layers - 2, 0)
-        if not isinstance(value, int) or not 0 <= value <= self.num_layers:
+        if not is_int(value) or not 0 <= value <= self.num_layers:
             raise ValueError(
                 f'`num_spsa_layers` must be an integer in 0..{self.num_layers} (the '
                 f'number of layers), got {value!r}.'
             )
-        return value
+        return int(value)
 
     def _check_out_indices(self, value):
         """The layers to return, counted from 0, in a list of our own."""
-        if isinstance(value, int):
+        if is_int(value):
             value = [value]
         assert isinstance(value, (list, tuple)), (
             f'"out_indices" must by a sequence or int, get {type(value)} instead.'
         )
         indices = []
         for index in value:
-            assert -self.num_layers <= index < self.num_layers, (
-                f'Invalid out_indices {index}, the layers are '
+            is_layer = is_int(index) and -self.num_layers <= index < self.num_layers
+            assert is_layer, (
+                f'Invalid out_indices {index!r}, the layers are '
                 f'0..{self.num_layers - 1} (or -{self.num_layers}..-1 from the end)'
             )
-            indices.append(index % self.num_layers)
+            indices.append(int(index) % self.num_layers)
         return indices
 
     def _check_cls_token_layer(self, value):
@@ -431,7 +439,7 @@ class SPViT(VisionTransformer):
         last = max(self.num_layers - 1, 0)
         if value is None:
             value = min(self.num_spsa_layers, last)
-        if not isinstance(value, int) or not 0 <= value <= last:
+        if not is_int(value) or not 0 <= value <= last:
             raise ValueError(
                 f'`cls_token_layer` must be an integer in 0..{last}, got {value!r}.'
             )
@@ -442,7 +450,7 @@ class SPViT(VisionTransformer):
                 f'joins before layer {value} (`cls_token_layer`). Take later layers, '
                 "a smaller `cls_token_layer`, or out_type='featmap'."
             )
-        return value
+        return int(value)
 
     def _init_position(self, pos_embed):
         """Position embedding, with an entry for the class token if it is first."""
@@ -464,7 +472,9 @@ class SPViT(VisionTransformer):
 
     def _attention_cfg(self, attn_cfg, prior, choose):
         """Config of the layers' attention; builds a prior that they all share."""
-        attn_cfg = dict(type='SpatialPriorAttention') if attn_cfg is None else attn_cfg
+        attn_cfg = {} if attn_cfg is None else attn_cfg
+        if isinstance(attn_cfg, dict):
+            attn_cfg = {'type': 'SpatialPriorAttention', **attn_cfg}
         takes_prior = issubclass(
             resolve_type(attn_cfg, 'attn_cfg'), SpatialPriorAttention
         )
@@ -631,7 +641,9 @@ class SPViT(VisionTransformer):
     def get_layer_depth(self, param_name: str, prefix: str = ''):
         """The depth of a parameter, for layer-wise learning-rate decay.
 
-        A prior that the whole network shares has depth 0, as the stem.
+        A prior that the whole network shares has depth 0, as the stem. What
+        VisionTransformer does not name has the last depth, as there: of the
+        backbone, that is ``pre_norm`` and the final norm.
 
         Returns:
             Tuple[int, int]: The depth and the number of depths.

@@ -6,7 +6,12 @@ from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import MODELS
 
 from spvit_mm.engine import CorruptImageError, UserError, check_dataset, guard_images
-from spvit_mm.engine.data_checks import building_data, check_widths, describe_folder
+from spvit_mm.engine.data_checks import (
+    building_data,
+    check_normalization,
+    check_widths,
+    describe_folder,
+)
 from spvit_mm.engine.hooks import DataCheckHook
 from tests.test_engine.tiny import make_images
 
@@ -26,9 +31,11 @@ def test_wrapped_data_sets(folder, tmp_path):
     check_dataset(ConcatDataset([good, good]), 'training', 3)
     with pytest.raises(UserError, match=r'holds 1 sub-folders \(only\)'):
         check_dataset(ConcatDataset([good, bad], ignore_keys='classes'), 'training', 3)
-    with pytest.raises(UserError, match='labels up to 2 .* tells 2 classes'):
+    with pytest.raises(UserError, match='labels up to 2 .* has num_classes=2 '):
         check_dataset(good, 'test', 2)
-    with pytest.raises(UserError, match='labels up to 2 .* tells 1 classes'):
+    with pytest.raises(
+        UserError, match='labels up to 2 .* num_classes=1 .labels from 0 to 0.'
+    ):
         check_dataset(good, 'training', 1)
 
 
@@ -96,7 +103,7 @@ def test_missing_folder_is_named(tmp_path):
         CustomDataset(data_prefix=f'{tmp_path}/none', pipeline=LOAD)
 
 
-def test_widths_that_do_not_fit():
+def test_widths_that_do_not_fit(mmpretrain_scope):
     model = MODELS.build(
         dict(
             type='ImageClassifier',
@@ -108,6 +115,28 @@ def test_widths_that_do_not_fit():
     model.head.in_channels = 384
     with pytest.raises(UserError, match='is 384 and the backbone gives 192'):
         check_widths(model)
+
+
+@pytest.mark.parametrize('stem', ['patch', 'conv'])
+def test_normalization_of_other_channels(stem, mmpretrain_scope):
+    def model(in_channels, **preprocessor):
+        backbone = dict(type='SPViT', arch='deit-tiny', stem=stem, img_size=16)
+        with torch.device('meta'):
+            return MODELS.build(
+                dict(
+                    type='ImageClassifier',
+                    backbone=dict(backbone, in_channels=in_channels),
+                    data_preprocessor=preprocessor,
+                )
+            )
+
+    check_normalization(model(3))
+    check_normalization(model(3, mean=[0.0, 1, 2], std=[1.0]))
+    check_normalization(model(1, mean=[0.0], std=[1.0]))
+    with pytest.raises(UserError, match='mean has 2 values, .* in_channels=3'):
+        check_normalization(model(3, mean=[0.0, 1], std=[1.0]))
+    with pytest.raises(UserError, match='std has 3 values, .* in_channels=1'):
+        check_normalization(model(1, mean=[0.0], std=[1.0, 1, 1]))
 
 
 def test_argument():

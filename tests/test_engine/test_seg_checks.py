@@ -85,7 +85,7 @@ def test_class_out_of_range(workers, project, capsys):
     mask[3, 5] = 7
     mmcv.imwrite(mask, str(path))
     line = message(capsys, project)
-    assert f'{path} holds the values [7], and the head tells 2 classes' in line
+    assert f'{path} holds the values [7], and the head has num_classes=2 ' in line
 
 
 def test_another_size(project, capsys):

@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spvit_mm.models import SPViT
 
+from . import loss_of
+
 ARCH = dict(embed_dims=12, num_layers=3, num_heads=2, feedforward_channels=24)
 # patch stem and no drop path: the gradients must be those of the joined batch
 PLAIN = dict(arch=ARCH, img_size=16, patch_size=4, share_prior='network', with_peg=True)
@@ -36,10 +38,6 @@ def build(cfg):
     return model
 
 
-def loss_of(model, images):
-    return model(images)[0].square().mean()
-
-
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -48,7 +46,7 @@ def worker(rank, folder):
     images = torch.load(f'{folder}/images.pt')[rank * 4 : rank * 4 + 4]
 
     model = DistributedDataParallel(build(PLAIN), find_unused_parameters=False)
-    loss_of(model, images).backward()
+    loss_of(model(images)[0]).backward()
     grads = {n: p.grad for n, p in model.module.named_parameters()}
 
     model = DistributedDataParallel(build(FULL), find_unused_parameters=False)
@@ -56,7 +54,7 @@ def worker(rank, folder):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(3):
         optimizer.zero_grad()
-        loss_of(model, images).backward()
+        loss_of(model(images)[0]).backward()
         optimizer.step()
     weights = {n: p.detach() for n, p in model.module.named_parameters()}
     torch.save(dict(grads=grads, weights=weights), f'{folder}/rank{rank}.pt')
@@ -77,7 +75,7 @@ def ranks(tmp_path_factory):
 def test_gradients_are_those_of_the_joined_batch(ranks):
     images, (first, second) = ranks
     model = build(PLAIN)
-    loss_of(model, images).backward()
+    loss_of(model(images)[0]).backward()
     for name, param in model.named_parameters():
         torch.testing.assert_close(first['grads'][name], second['grads'][name])
         if param.requires_grad:

@@ -2,6 +2,7 @@ import copy
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -13,9 +14,10 @@ from mmpretrain.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spvit_mm.models import SPViT
+from spvit_mm.models.attention import SpatialPriorAttention
 from spvit_mm.models.spvit import SPViTLayer
 
-from . import AUTOCAST_DTYPES
+from . import AUTOCAST_DTYPES, loss_of
 
 ARCH = dict(embed_dims=24, num_layers=4, num_heads=3, feedforward_channels=48)
 SMALL = dict(arch=ARCH, img_size=32, patch_size=8)
@@ -106,7 +108,7 @@ def test_without_spsa_it_trains_as_vision_transformer():
     x = torch.randn(2, 3, 32, 32)
     for net in (plain, model):
         torch.manual_seed(1)
-        net(x)[0].square().sum().backward()
+        loss_of(net(x)[0]).backward()
     theirs = dict(plain.named_parameters())
     for name, param in model.named_parameters():
         torch.testing.assert_close(param.grad, theirs[name].grad)
@@ -268,11 +270,37 @@ def test_any_size():
         assert model(torch.randn(1, 3, *size))[0].shape == (1, 24)
 
 
+def test_numpy_integers_are_integers():
+    model = build(
+        num_spsa_layers=np.int64(1),
+        cls_token_layer=np.int64(1),
+        out_indices=np.int64(2),
+    )
+    assert (model.num_spsa_layers, model.cls_token_layer) == (1, 1)
+    assert model.out_indices == [2]
+
+
+def test_attention_config_without_a_type():
+    attn = build(attn_cfg=dict(attn_impl='eager')).layers[0].attn
+    assert type(attn) is SpatialPriorAttention
+    assert attn.attn_impl == 'eager'
+
+
+@pytest.mark.parametrize(
+    'stem', ['conv', dict(type='ConvStem', stem_channels=8, patch_size=16)]
+)
+def test_patch_cfg_wins_over_the_stem(stem):
+    model = build(stem=stem, patch_cfg=dict(stem_channels=12, patch_size=4))
+    assert model.patch_embed.conv1.out_channels == 12
+    assert model.patch_resolution == (8, 8)
+    assert model(torch.randn(1, 3, 32, 32))[0].shape == (1, 24)
+
+
 def test_no_position_embedding():
     model = build(pos_embed=None)
     model.init_weights()
     assert 'pos_embed' not in dict(model.named_parameters())
-    model(torch.randn(1, 3, 32, 40))[0].sum().backward()
+    loss_of(model(torch.randn(1, 3, 32, 40))[0]).backward()
 
 
 def test_activation_checkpointing_changes_nothing():
@@ -281,7 +309,7 @@ def test_activation_checkpointing_changes_nothing():
     recomputing.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 32, 32)
     for net in (model, recomputing):
-        net(x)[0].square().sum().backward()
+        loss_of(net(x)[0]).backward()
     theirs = dict(model.named_parameters())
     for name, param in recomputing.named_parameters():
         torch.testing.assert_close(param.grad, theirs[name].grad)
@@ -312,7 +340,7 @@ def test_out_indices_of_the_caller_stay_untouched():
 def test_every_trained_parameter_gets_a_gradient(out_type, stem):
     """So that DDP needs no find_unused_parameters."""
     model = build(out_type=out_type, stem=stem, with_peg=True, drop_path_rate=0.1)
-    model(torch.randn(2, 3, 32, 48))[0].sum().backward()
+    loss_of(model(torch.randn(2, 3, 32, 48))[0]).backward()
     without = [
         n for n, p in model.named_parameters() if p.requires_grad and p.grad is None
     ]
@@ -340,7 +368,7 @@ def test_no_gradient_is_awaited_behind_the_last_output(kwargs, final_norm):
     outs = model(torch.randn(2, 3, 32, 48))
     assert len(outs) == len(model.out_indices)
     assert calls == []
-    sum(out.sum() for out in outs).backward()
+    sum(loss_of(out) for out in outs).backward()
     for name, param in model.named_parameters():
         assert param.requires_grad == (param.grad is not None), name
 
@@ -367,7 +395,7 @@ def test_frozen_stages(frozen_stages):
 
 
 def test_layer_depth():
-    model = build(share_prior='network', with_peg=True, pre_norm=False)
+    model = build(share_prior='network', with_peg=True, pre_norm=True)
     depth = {n: model.get_layer_depth('backbone.' + n, 'backbone.')
              for n, _ in model.named_parameters()}  # fmt: skip
     assert {d[1] for d in depth.values()} == {6}
@@ -376,6 +404,7 @@ def test_layer_depth():
     assert depth['layers.0.attn.qkv.weight'][0] == 1
     assert depth['layers.3.peg.proj.weight'][0] == 4
     assert depth['ln1.weight'][0] == 5
+    assert depth['pre_norm.weight'][0] == 5
     assert model.get_layer_depth('head.weight', 'backbone.') == (5, 6)
     own = build().get_layer_depth('layers.1.attn.prior.w1')
     assert own == (2, 6)
@@ -402,7 +431,7 @@ def test_compiles_as_one_graph_without_recompilation(share):
         for _ in range(2):
             out = compiled(torch.randn(2, 3, 32, 48))[0]
             if mode:
-                out.sum().backward()
+                loss_of(out).backward()
         assert counter.frame_count == count
     torch.testing.assert_close(compiled(x)[0], model(x)[0], rtol=1e-4, atol=1e-5)
 
@@ -412,7 +441,7 @@ def test_mixed_precision_step(dtype):
     model = build(with_peg=True, pos_embed=None)
     with torch.autocast('cpu', dtype=dtype):
         out = model(torch.randn(2, 3, 32, 48))[0]
-        out.float().sum().backward()
+        loss_of(out).backward()
     assert torch.isfinite(out).all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
@@ -578,6 +607,14 @@ def test_model_with_deits_init_cfg_starts_neutral(mmpretrain_scope):
         ),
         (dict(num_spsa_layers=5), ValueError, 'in 0..4'),
         (dict(num_spsa_layers=-1), ValueError, 'in 0..4'),
+        (dict(num_spsa_layers=True), ValueError, 'in 0..4 .* got True'),
+        (dict(cls_token_layer=True), ValueError, 'in 0..3, got True'),
+        (dict(frozen_stages=True), ValueError, 'in -1..4 .* got True'),
+        (dict(img_size=True), ValueError, '`img_size` .* got True'),
+        (dict(out_indices=True), AssertionError, 'must by a sequence or int'),
+        (dict(out_indices=[True]), AssertionError, 'Invalid out_indices True'),
+        (dict(out_indices=['3']), AssertionError, "Invalid out_indices '3'"),
+        (dict(attn_cfg='eager'), ValueError, "`attn_cfg` must be .* got 'eager'"),
         (dict(out_indices=4), AssertionError, 'Invalid out_indices 4'),
         (dict(out_indices=[-5]), AssertionError, 'Invalid out_indices -5'),
         (dict(out_indices='3'), AssertionError, 'must by a sequence or int'),
@@ -628,7 +665,7 @@ def test_freeze_all_but_priors():
     # Batch norm, stochastic depth and the like behave as in evaluation.
     x = torch.randn(2, 3, 32, 32)
     out = model(x)[0]
-    out.sum().backward()
+    loss_of(out).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     torch.testing.assert_close(model.eval()(x)[0], out)
 

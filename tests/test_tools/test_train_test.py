@@ -87,6 +87,21 @@ def test_resume(trained, tmp_path, capsys):
     assert (here / 'epoch_2.pth').is_file()
 
 
+def test_a_work_dir_that_is_not_empty(trained, tmp_path, capsys):
+    config, work_dir = trained
+    warning = 'holds checkpoints of an earlier training (epoch_1.pth)'
+    assert warning not in '\n'.join(p.read_text() for p in work_dir.glob('*/*.log'))
+    here = tmp_path / 'work'
+    shutil.copytree(work_dir, here)
+    command('train.py', config, '--work-dir', here, '--no-validate')
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if warning in x]
+    assert f'{here} ' in line
+    assert '--resume' in line
+    options = ('--resume', '--cfg-options', 'train_cfg.max_epochs=2')
+    command('train.py', config, '--work-dir', here, '--no-validate', *options)
+    assert warning not in capsys.readouterr().out
+
+
 def test_train_options(trained, tmp_path, capsys):
     config, work_dir = trained
     command(
@@ -117,8 +132,11 @@ def test_test_outputs(trained, tmp_path, capsys):
         predictions = pickle.load(file)
     assert len(predictions) == 6
     assert predictions[0]['pred_score'].shape == (3,)
-    assert len(list((tmp_path / 'pictures').glob('*.png'))) == 2  # names repeat
+    pictures = {p.name for p in (tmp_path / 'pictures').iterdir()}
+    assert pictures == {f'{name}_{i}_0.png' for name in 'abc' for i in range(2)}
 
+    text = fails(capsys, *common, '--show-dir', tmp_path / 'p', '--interval', '0')
+    assert '--interval must be 1 or more' in text
     text = fails(capsys, *common, '--tta', '--show-dir', tmp_path / 'pictures')
     assert 'cannot be combined with --tta' in text
 
@@ -222,6 +240,13 @@ def test_bad_paths(trained, tmp_path, capsys):
           f'work_dir={tmp_path}/w'), 'Nobody is not in'),
         (('train.py', config, '--cfg-options', 'param_scheduler.begin=9',
           'param_scheduler.end=5', f'work_dir={tmp_path}/w'), 'param_scheduler of'),
+        (('train.py', config, '--cfg-options', 'train_dataloader.batch_size=0',
+          f'work_dir={tmp_path}/w'), 'train_dataloader.batch_size must be'),
+        (('test.py', config, work_dir / 'epoch_1.pth', '--cfg-options',
+          'test_dataloader.num_workers=-1', f'work_dir={tmp_path}/w'),
+         'test_dataloader.num_workers must be an integer of 0 or more, got -1'),
+        (('train.py', config, '--cfg-options', 'data_preprocessor.mean=[1,2]',
+          f'work_dir={tmp_path}/w'), 'data_preprocessor.mean has 2 values'),
         (('analysis/get_flops.py', config, '--shape', '0'), 'positive'),
     ]  # fmt: skip
     for arguments, words in cases:
@@ -264,7 +289,7 @@ def test_bad_data(trained, data, tmp_path, capsys):
     make_images(tmp_path / 'four', classes='abcd', images=1)
     line = message(tmp_path / 'four')
     assert 'labels up to 3' in line
-    assert 'head of the model tells 3 classes apart' in line
+    assert 'head of the model has num_classes=3 (labels from 0 to 2)' in line
     make_images(tmp_path / 'renamed', classes='abd', images=1)
     line = message(tmp_path / 'renamed')
     assert "only in training: ['d']; only in validation: ['c']" in line
@@ -283,6 +308,7 @@ def test_corrupt_image(trained, data, tmp_path, capsys, workers):
     )
     line = fails(capsys, 'train.py', config, *options)
     assert 'The image ' in line
+    assert ('the file is empty' in line) == ('(0 bytes)' in line)
     assert 'a/0.png (0 bytes)' in line or 'b/1.png (8 bytes)' in line
     assert '--skip-corrupt-images' in line
     command('train.py', config, '--skip-corrupt-images', *options)
@@ -300,7 +326,7 @@ def test_corrupt_image(trained, data, tmp_path, capsys, workers):
         '--cfg-options', f'test_dataloader.dataset.data_prefix={tmp_path}/train',
         f'test_dataloader.num_workers={workers}',
     )  # fmt: skip
-    assert 'a/0.png (0 bytes)' in line
+    assert 'a/0.png (0 bytes) cannot be read: the file is empty. Replace' in line
 
 
 def test_get_flops(trained, capsys):

@@ -5,6 +5,7 @@ from mmpretrain.registry import HOOKS
 
 from ..data_checks import (
     check_dataset,
+    check_normalization,
     check_same_classes,
     check_widths,
     guard_images,
@@ -24,8 +25,9 @@ class DataCheckHook(Hook):
 
     Raises:
         UserError: For data sets without images, of a single class, with labels that
-            the head does not have, or whose folders number the classes differently; and
-            for a head of another width than the backbone.
+            the head does not have, or whose folders number the classes differently;
+            for a head of another width than the backbone; and for a mean or std of
+            another number of channels than the backbone takes.
     """
 
     def __init__(self, corrupt_images: str = 'error') -> None:
@@ -42,6 +44,7 @@ class DataCheckHook(Hook):
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         check_widths(model)
+        check_normalization(model)
         num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
         loops = {
             'training': runner._train_loop,
