@@ -28,7 +28,7 @@ def test_unknown_study_lists_the_names(capsys):
         launch.run_cli(study.main, 'study.py', ['realtive'])
     assert error.value.code == 2
     err = capsys.readouterr().err
-    assert "No study 'realtive'. There are: layers, class_token" in err
+    assert "No study 'realtive'. There are: prior, layers" in err
 
 
 def test_every_setting_makes_a_config(cfg, tmp_path):
