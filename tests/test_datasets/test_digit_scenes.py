@@ -143,3 +143,19 @@ def test_mmseg_is_optional(tmp_path):
         "assert not hasattr(module, 'DigitScenes')"
     )
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+LOOKED_BEFORE = "from mmseg.registry import DATASETS\nDATASETS.get('ADE20KDataset')\n"
+
+
+@pytest.mark.parametrize('before', ['', 'import mmseg.datasets\n', LOOKED_BEFORE])
+def test_registered_when_mmseg_looks_for_it(before):
+    """Also where mmseg was imported, or had looked around, before us."""
+    code = (
+        f'{before}import sys, spvit_mm\n'
+        "assert sys.argv[1] == 'loaded' or 'mmseg.datasets' not in sys.modules\n"
+        'from mmseg.registry import DATASETS\n'
+        "assert DATASETS.get('DigitScenes').__name__ == 'DigitScenes'"
+    )
+    loaded = 'loaded' if before else 'not'
+    subprocess.run([sys.executable, '-c', code, loaded], check=True)
