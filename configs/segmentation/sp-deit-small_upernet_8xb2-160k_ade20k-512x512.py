@@ -5,7 +5,7 @@ model = dict(
     backbone=dict(
         arch='deit-small',
         num_spsa_layers=10,
-        prior=dict(type='MLPSpatialPrior', hidden_dims=32),
+        prior=dict(hidden_dims=32),
         out_indices=(2, 5, 8, 11),
     )
 )
