@@ -5,8 +5,9 @@
     python benchmarks/study.py relative --config my_config.py --epochs 20
 
 Every run is a training of its own through ``tools/train.py``. A finished run is not
-repeated and a killed one goes on from its last checkpoint, so the same command resumes
-a study. The studies are in ``benchmarks/studies.yml``.
+repeated, not even for another study that has the same setting, and a killed one goes on
+from its last checkpoint: the same command resumes a study. The studies are in
+``benchmarks/studies.yml``.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ class Run(NamedTuple):
         setting (str): Name of the setting.
         seed (int): Random seed.
         folder (Path): Its work dir.
-        overrides (dict): Dotted names and values over the config.
+        config (str): Its config, written out.
     """
 
     setting: str
     seed: int
     folder: Path
-    overrides: dict
+    config: str
 
 
 def load_study(name: str, path: Path = STUDIES) -> dict:
@@ -63,10 +64,14 @@ def expand(overrides: dict, cfg: Config) -> dict:
     out = {}
     for key, value in overrides.items():
         if key == 'data_fraction':
-            # As many batches an epoch as with all data, from the first samples.
+            # As many batches an epoch as with all data. Evenly spaced samples, since a
+            # folder dataset lists one class after another.
             data = cfg.train_dataloader.dataset.to_dict()
             total = len(build_dataset(data))
-            data['indices'] = max(1, round(total * value))
+            chosen = data.get('indices', range(total))
+            chosen = range(chosen) if isinstance(chosen, int) else chosen
+            count = max(1, round(total * value))
+            data['indices'] = [chosen[i * total // count] for i in range(count)]
             out['train_dataloader.dataset'] = dict(
                 _delete_=True,
                 type='RepeatDataset',
@@ -87,8 +92,11 @@ def build_dataset(data: dict):
         return DATASETS.build({**data, 'pipeline': []})
 
 
-def plan(study: dict, cfg: Config, args, work_dir: Path) -> list[Run]:
-    """All runs of a study, seeds outermost so that partial results compare."""
+def plan(study: dict, cfg: Config, args, runs_dir: Path) -> list[Run]:
+    """All runs of a study, seeds outermost so that partial results compare.
+
+    A run's folder is named after its config, so that studies share it.
+    """
     runs = []
     for seed in range(args.seeds):
         for setting, overrides in study['settings'].items():
@@ -99,19 +107,16 @@ def plan(study: dict, cfg: Config, args, work_dir: Path) -> list[Run]:
             )
             if args.epochs is not None:
                 overrides['train_cfg.max_epochs'] = args.epochs
-            folder = work_dir / f'{setting.replace(" ", "_")}-seed{seed}'
-            runs.append(Run(setting, seed, folder, overrides))
+            text = config_text(overrides, cfg)
+            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+            runs.append(Run(setting, seed, runs_dir / digest, text))
     return runs
 
 
-def write_config(run: Run, cfg: Config) -> Path:
-    """Write a run's config; a folder of other settings is refused.
-
-    Raises:
-        UserError: If the folder was made by a run of another config.
-    """
+def config_text(overrides: dict, cfg: Config) -> str:
+    """The config of one run, written out."""
     own = Config(cfg.to_dict(), filename=cfg.filename)
-    for key, value in run.overrides.items():
+    for key, value in overrides.items():
         if isinstance(value, dict) and value.get('_delete_'):
             value = {k: v for k, v in value.items() if k != '_delete_'}
             parent = own
@@ -121,12 +126,19 @@ def write_config(run: Run, cfg: Config) -> Path:
             parent[last] = value
         else:
             own.merge_from_dict({key: value})
-    text = own.pretty_text
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    return own.pretty_text
+
+
+def write_config(run: Run) -> Path:
+    """Write a run's config; a folder of something else is refused.
+
+    Raises:
+        UserError: If the folder holds something else.
+    """
     stamp = run.folder / 'study.json'
+    digest = hashlib.sha256(run.config.encode()).hexdigest()
     if stamp.exists():
-        found = json.loads(stamp.read_text())
-        if found.get('config') != digest:
+        if json.loads(stamp.read_text()).get('config') != digest:
             raise UserError(
                 f'{run.folder} holds a run of other settings. Give another '
                 '--work-dir, or remove that folder to run it anew.'
@@ -137,7 +149,7 @@ def write_config(run: Run, cfg: Config) -> Path:
         )
     run.folder.mkdir(parents=True, exist_ok=True)
     path = run.folder / 'config.py'
-    path.write_text(text)
+    path.write_text(run.config)
     stamp.write_text(json.dumps(dict(config=digest, setting=run.setting)))
     return path
 
@@ -310,15 +322,15 @@ def main(argv: list[str]) -> None:
         )
     study = load_study(args.study)
     cfg = launch.load_config(args.config)
-    work_dir = Path(args.work_dir) / f'{args.study}_{Path(args.config).stem}'
-    runs = plan(study, cfg, args, work_dir)
-    configs = {run.folder: write_config(run, cfg) for run in runs}
-    run_all(runs, configs, args.jobs)
+    runs = plan(study, cfg, args, Path(args.work_dir) / 'runs')
+    run_all(runs, {run.folder: write_config(run) for run in runs}, args.jobs)
 
     rows = summarize(study, runs)
     print(f'\n{args.study}: {study["claim"]}')
     print(f'Accuracy to get to: {study["reach"]} %\n' if 'reach' in study else '')
     print(table(rows, study['baseline']))
+    work_dir = Path(args.work_dir) / f'{args.study}_{Path(args.config).stem}'
+    work_dir.mkdir(exist_ok=True)
     with open(work_dir / 'results.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

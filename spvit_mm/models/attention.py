@@ -1,5 +1,6 @@
 """SP-SA: self-attention whose scores are multiplied by a spatial prior."""
 
+import torch
 from mmpretrain.models.utils import MultiheadAttention
 from mmpretrain.registry import MODELS
 
@@ -104,6 +105,10 @@ class SpatialPriorAttention(GridAttention):
             ``head_dims ** -0.5``. Defaults to None.
         attn_impl (str): The kernel, see
             :func:`spvit_mm.ops.spatial_prior_attention`. Defaults to 'auto'.
+        init_score (float): A score that all pairs start with, from the biases
+            of queries and keys. While the prior is 1, the softmax does not see
+            it; but it is what the prior multiplies, so a prior learns where to
+            look before content does. It needs ``qkv_bias``. Defaults to 0.
         **kwargs: ``attn_drop``, ``proj_drop``, ``dropout_layer``,
             ``qkv_bias``, ``proj_bias``, ``v_shortcut``, ``input_dims``,
             ``layer_scale_init_value``, ``init_cfg`` of mmpretrain's
@@ -123,12 +128,19 @@ class SpatialPriorAttention(GridAttention):
         grid=None,
         qk_scale=None,
         attn_impl='auto',
+        init_score=0.0,
         **kwargs,
     ):
         super().__init__(
             embed_dims, num_heads, num_extra_tokens, grid, qk_scale, **kwargs
         )
         self.attn_impl = attn_impl
+        self.init_score = init_score
+        if init_score < 0 or (init_score and self.qkv.bias is None):
+            raise ValueError(
+                '`init_score` must be at least 0, and above 0 needs `qkv_bias=True`, '
+                f'got init_score={init_score} and qkv_bias={self.qkv.bias is not None}.'
+            )
         self.prior = None
         if prior is not None:
             self.prior = build_child(prior, 'prior', num_heads=num_heads, grid=grid)
@@ -137,6 +149,19 @@ class SpatialPriorAttention(GridAttention):
                     f'`prior` has num_heads={self.prior.num_heads}, but an attention '
                     f'of {num_heads} heads takes a prior of 1 or {num_heads}.'
                 )
+
+        self.reset_score()
+
+    @torch.no_grad()
+    def reset_score(self):
+        """Start the biases of queries and keys so that they make ``init_score``."""
+        if self.init_score:
+            each = (self.init_score / (self.scale * self.head_dims)) ** 0.5
+            self.qkv.bias[: 2 * self.embed_dims].fill_(each)
+
+    def init_weights(self):
+        super().init_weights()
+        self.reset_score()
 
     def forward(self, x, hw_shape, omega=None):
         """Attend.

@@ -33,38 +33,52 @@ def test_unknown_study_lists_the_names(capsys):
 
 def test_every_setting_makes_a_config(cfg, tmp_path):
     for name in study.load(str(study.STUDIES)):
-        runs = study.plan(study.load_study(name), cfg, ARGS, tmp_path / name)
+        runs = study.plan(study.load_study(name), cfg, ARGS, tmp_path)
         assert study.load_study(name)['baseline'] in {run.setting for run in runs}
-        texts = {study.write_config(run, cfg).read_text() for run in runs}
-        assert len(texts) == len(runs)
-        for text in texts:
-            Config.fromstring(text, '.py')
+        assert len({run.folder for run in runs}) == len(runs)
+        for run in runs:
+            Config.fromstring(run.config, '.py')
 
 
-def test_data_fraction_keeps_the_length_of_an_epoch(cfg, tmp_path):
+def test_studies_share_a_setting(cfg, tmp_path):
+    folders = [
+        {run.folder for run in study.plan(study.load_study(name), cfg, ARGS, tmp_path)}
+        for name in ('relative', 'sharing')
+    ]
+    assert len(folders[0] & folders[1]) == ARGS.seeds  # SP-SA as it is
+
+
+@pytest.mark.parametrize('indices', [None, 1000, list(range(1400, 0, -2))])
+def test_data_fraction_keeps_the_length_of_an_epoch(cfg, tmp_path, indices):
+    if indices is not None:
+        cfg.train_dataloader.dataset.indices = indices
+    whole = study.build_dataset(cfg.train_dataloader.dataset.to_dict())
     (run,) = study.plan(
         dict(settings={'a': {'data_fraction': 0.1}}),
         cfg,
         argparse.Namespace(seeds=1, val_interval=5, epochs=None),
         tmp_path,
     )
-    written = Config.fromfile(str(study.write_config(run, cfg)))
+    written = Config.fromfile(str(study.write_config(run)))
     dataset = study.build_dataset(written.train_dataloader.dataset.dataset.to_dict())
-    assert len(dataset) == 144
     assert written.train_dataloader.dataset.times == 10
+    # Every tenth: a folder dataset, sorted by class, keeps all its classes.
+    assert len(dataset) == round(len(whole) / 10)
+    for i in range(len(dataset)):
+        expected = whole.get_data_info(i * len(whole) // len(dataset))
+        np.testing.assert_array_equal(dataset.get_data_info(i)['img'], expected['img'])
 
 
 def test_foreign_folders_are_refused(cfg, tmp_path):
     runs = study.plan(study.load_study('class_token'), cfg, ARGS, tmp_path)
-    study.write_config(runs[0], cfg)
-    study.write_config(runs[0], cfg)  # the same again is fine
-    other = runs[0]._replace(overrides={**runs[0].overrides, 'randomness.seed': 9})
+    study.write_config(runs[0])
+    study.write_config(runs[0])  # the same again is fine
     with pytest.raises(UserError, match='holds a run of other settings'):
-        study.write_config(other, cfg)
+        study.write_config(runs[0]._replace(config=runs[1].config))
     runs[1].folder.mkdir()
     (runs[1].folder / 'thesis.txt').write_text('mine')
     with pytest.raises(UserError, match='no run of a study'):
-        study.write_config(runs[1], cfg)
+        study.write_config(runs[1])
 
 
 def test_paired_interval(tmp_path):
@@ -76,7 +90,7 @@ def test_paired_interval(tmp_path):
             folder.mkdir()
             curve = {'5': value - 10, '10': value}
             (folder / 'result.json').write_text(json.dumps(curve))
-            runs.append(study.Run(setting, seed, folder, {}))
+            runs.append(study.Run(setting, seed, folder, ''))
     rows = study.summarize(dict(baseline='a', reach=91), runs)
     diff = np.subtract(b, a)
     low, high = stats.t.interval(0.95, 2, diff.mean(), stats.sem(diff))
