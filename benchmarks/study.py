@@ -209,9 +209,10 @@ def run_all(runs: list[Run], configs: dict, jobs: int) -> None:
 
 
 def summarize(study: dict, runs: list[Run]) -> list[dict]:
-    """Mean and deviation of each setting, and its difference to the baseline.
+    """Mean and deviation of each setting, and its difference to its baseline.
 
-    The interval is that of a paired t-test over the seeds, 95 %.
+    The baseline of a setting is the one that `against` of the study names, else the
+    study's. The interval is that of a paired t-test over the seeds, 95 %.
     """
     from scipy import stats
 
@@ -222,14 +223,14 @@ def summarize(study: dict, runs: list[Run]) -> list[dict]:
         final.setdefault(run.setting, []).append(curve[max(curve)])
         epochs = [e for e, value in curve.items() if value >= study.get('reach', 0)]
         reached.setdefault(run.setting, []).append(min(epochs, default=np.nan))
-    base = np.array(final[study['baseline']])
     rows = []
     for setting, values in final.items():
         values = np.array(values)
         n = len(values)
         row = dict(setting=setting, seeds=n, mean=values.mean())
         row['std'] = values.std(ddof=1) if n > 1 else float('nan')
-        diff = values - base
+        row['against'] = baseline_of(setting, study)
+        diff = values - np.array(final[row['against']])
         row['difference'] = diff.mean()
         spread = diff.std(ddof=1) / n**0.5 if n > 1 else float('nan')
         row['interval'] = spread * stats.t.ppf(0.975, n - 1) if n > 1 else spread
@@ -240,18 +241,24 @@ def summarize(study: dict, runs: list[Run]) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict], baseline: str) -> str:
+def baseline_of(setting: str, study: dict) -> str:
+    """What a setting is compared with."""
+    return study.get('against', {}).get(setting, study['baseline'])
+
+
+def table(rows: list[dict]) -> str:
     """The summary in Markdown."""
     lines = [
-        f'| setting | top-1 (%) | std | difference to {baseline} | 95 % interval |',
-        '| --- | --- | --- | --- | --- |',
+        '| setting | top-1 (%) | std | difference | to | 95 % interval |',
+        '| --- | --- | --- | --- | --- | --- |',
     ]
     for row in rows:
         low, high = (row['difference'] + s * row['interval'] for s in (-1, 1))
         compared = (
-            '| | |'
-            if row['setting'] == baseline
-            else f'| {row["difference"]:+.2f} | {low:+.2f} .. {high:+.2f} |'
+            '| | | |'
+            if row['setting'] == row['against']
+            else f'| {row["difference"]:+.2f} | {row["against"]} '
+            f'| {low:+.2f} .. {high:+.2f} |'
         )
         lines.append(
             f'| {row["setting"]} | {row["mean"]:.2f} | {row["std"]:.2f} {compared}'
@@ -307,6 +314,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--seeds', type=int, default=5, help='seeds 0, 1, ...')
     parser.add_argument('--epochs', type=int, help="instead of the config's")
     parser.add_argument('--val-interval', type=int, default=5, metavar='EPOCHS')
+    parser.add_argument(
+        '--reach', type=float, metavar='PERCENT', help='accuracy to count the epochs to'
+    )
     parser.add_argument('--jobs', type=int, default=2, help='runs side by side')
     parser.add_argument('--work-dir', default='work_dirs/studies')
     args = parser.parse_args(argv)
@@ -321,6 +331,8 @@ def main(argv: list[str]) -> None:
             f'--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}.'
         )
     study = load_study(args.study)
+    if args.reach is not None:
+        study['reach'] = args.reach
     cfg = launch.load_config(args.config)
     runs = plan(study, cfg, args, Path(args.work_dir) / 'runs')
     run_all(runs, {run.folder: write_config(run) for run in runs}, args.jobs)
@@ -328,7 +340,7 @@ def main(argv: list[str]) -> None:
     rows = summarize(study, runs)
     print(f'\n{args.study}: {study["claim"]}')
     print(f'Accuracy to get to: {study["reach"]} %\n' if 'reach' in study else '')
-    print(table(rows, study['baseline']))
+    print(table(rows))
     work_dir = Path(args.work_dir) / f'{args.study}_{Path(args.config).stem}'
     work_dir.mkdir(exist_ok=True)
     with open(work_dir / 'results.csv', 'w', newline='') as file:

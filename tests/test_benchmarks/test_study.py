@@ -98,7 +98,10 @@ def test_paired_interval(tmp_path):
     assert rows[1]['interval'] == pytest.approx((high - low) / 2)
     assert rows[1]['epochs'] == 10
     assert np.isnan(rows[0]['epochs'])  # one seed never gets there
-    assert '| b | 92.17 |' in study.table(rows, 'a')
+    assert '| b | 92.17 | 1.61 | +1.17 | a |' in study.table(rows)
+    rows = study.summarize(dict(baseline='a', against={'b': 'b', 'a': 'b'}), runs)
+    assert rows[0]['difference'] == pytest.approx(-diff.mean())
+    assert rows[1]['difference'] == 0
 
 
 @pytest.mark.slow
