@@ -17,6 +17,7 @@ from spvit_mm.convert import (
     convert_to_released,
 )
 from spvit_mm.convert.structure import count_parameters
+from spvit_mm.engine import UserError
 
 from .source_models import (
     RELEASED,
@@ -563,7 +564,7 @@ def test_command_line_there_and_back(tmp_path, source_file):
 def test_nothing_is_overwritten(tmp_path, source_file, existing):
     out = tmp_path / 'ours.pth'
     (tmp_path / existing).write_text('mine')
-    with pytest.raises(SystemExit, match='exists and is not overwritten'):
+    with pytest.raises(UserError, match='exists and is not overwritten'):
         tool()([str(source_file), str(out), '--skip-scale', '2'])
     assert (tmp_path / existing).read_text() == 'mine'
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['in', existing])
@@ -587,13 +588,13 @@ def test_bad_files_are_one_line_and_write_nothing(tmp_path, source_file):
     page = tmp_path / 'page.pth'
     page.write_text('<!doctype html><html>Not found</html>')
     for src, words in ((page, 'a web page'), (tmp_path, 'is a directory')):
-        with pytest.raises(SystemExit, match=words):
+        with pytest.raises(UserError, match=words):
             tool()([str(src), str(tmp_path / 'ours.pth')])
-    with pytest.raises(SystemExit, match='end in .pth'):
+    with pytest.raises(UserError, match='end in .pth'):
         tool()([str(source_file), str(tmp_path / 'ours.bin')])
     same = tmp_path / 'same.pth'
     source_file.rename(same)
-    with pytest.raises(SystemExit, match='is the source itself'):
+    with pytest.raises(UserError, match='is the source itself'):
         tool()([str(same), str(same), '--skip-scale', '2', '--force'])
     assert not (tmp_path / 'ours.pth').exists()
 

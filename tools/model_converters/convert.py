@@ -2,18 +2,16 @@
 """Convert a checkpoint of SP-ViT, LV-ViT, DeiT or timm's ViT to ours, with its
 config, or (--to spvit) ours to the names of the released code."""
 
-import argparse
-import sys
-
 from spvit_mm.convert import CheckpointError, Options, convert_file
 from spvit_mm.convert.config import NORMALIZATIONS
 from spvit_mm.convert.convert import CLASSIFIERS, DISTILLED, TARGETS
 from spvit_mm.convert.state import WEIGHTS
 from spvit_mm.convert.structure import SOURCES
+from spvit_mm.engine import UserError, launch
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse_args(argv: list):
+    parser = launch.ArgumentParser(prog='convert.py', description=__doc__)
     parser.add_argument('src', help='the checkpoint to read')
     parser.add_argument('out', help='the .pth to write; its config is OUT with .py')
     parser.add_argument(
@@ -51,7 +49,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: list) -> None:
     args = vars(parse_args(argv))
     files = {
         name: args.pop(name) for name in ('src', 'out', 'source', 'target', 'force')
@@ -59,8 +57,8 @@ def main(argv=None):
     try:
         convert_file(**files, options=Options(**args))
     except (CheckpointError, OSError) as error:
-        sys.exit(f'convert.py: {error}')
+        raise UserError(str(error)) from error
 
 
 if __name__ == '__main__':
-    main()
+    launch.run_cli(main, 'convert.py')
