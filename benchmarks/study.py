@@ -17,6 +17,7 @@ import csv
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -171,6 +172,8 @@ def run_all(runs: list[Run], configs: dict, jobs: int) -> None:
     print(f'{len(runs)} runs, {len(runs) - len(todo)} of them finished before.')
     start, done, active = time.time(), 0, {}
     queue = list(todo)
+    # Terminated, it takes its runs with it, or the next start would train them twice.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         while queue or active:
             while queue and len(active) < jobs:

@@ -138,3 +138,39 @@ def test_bad_arguments():
         SpatialPriorAttention(32, 4, prior=dict(type='NoSuchPrior'))
     with pytest.raises(ValueError, match=r'7 tokens, but `hw_shape` 2 x 3'):
         SpatialPriorAttention(32, 4)(torch.rand(1, 7, 32), (2, 3))
+
+
+@pytest.mark.parametrize('qk_scale', [None, 0.1])
+def test_init_score_is_the_score_of_every_pair(qk_scale):
+    attn = SpatialPriorAttention(16, 4, init_score=1.5, qk_scale=qk_scale)
+    q, k, _ = attn.project_qkv(torch.zeros(1, 6, 16), (2, 3))
+    torch.testing.assert_close(
+        attn.scale * q @ k.transpose(-2, -1), torch.full((1, 4, 6, 6), 1.5)
+    )
+
+
+def test_init_score_survives_the_initialisation_of_a_model():
+    model = MODELS.build(
+        dict(
+            type='SPViT',
+            arch=dict(
+                embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=32
+            ),
+            img_size=16,
+            patch_size=4,
+            num_spsa_layers=2,
+            attn_cfg=dict(init_score=1.0),
+            init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02),
+        )
+    )
+    model.init_weights()
+    biases = [layer.attn.qkv.bias[:32].detach() for layer in model.layers]
+    for bias in biases[:2]:
+        torch.testing.assert_close(bias, torch.full((32,), 8**-0.25))
+    assert not biases[2].any()
+
+
+@pytest.mark.parametrize('kwargs', [dict(init_score=-1), dict(qkv_bias=False)])
+def test_init_score_needs_biases(kwargs):
+    with pytest.raises(ValueError, match='`init_score` must be at least 0'):
+        SpatialPriorAttention(16, 4, **{'init_score': 1.0, **kwargs})
