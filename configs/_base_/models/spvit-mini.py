@@ -7,6 +7,8 @@ model = dict(
         img_size=24,
         patch_size=4,
         num_spsa_layers=3,
+        # So small a model learns its priors much faster so (docs/studies.md).
+        attn_cfg=dict(init_score=1.0),
     ),
     head=dict(
         type='VisionTransformerClsHead',
