@@ -103,9 +103,8 @@ def plan(study: dict, cfg: Config, args, runs_dir: Path) -> list[Run]:
         for setting, overrides in study['settings'].items():
             overrides = expand(overrides, cfg)
             overrides['randomness.seed'] = seed
-            overrides['train_cfg.val_interval'] = study.get(
-                'val_interval', args.val_interval
-            )
+            interval = args.val_interval or study.get('val_interval', 5)
+            overrides['train_cfg.val_interval'] = interval
             if args.epochs is not None:
                 overrides['train_cfg.max_epochs'] = args.epochs
             text = config_text(overrides, cfg)
@@ -316,7 +315,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--config', default=str(CONFIG), help='what is trained')
     parser.add_argument('--seeds', type=int, default=5, help='seeds 0, 1, ...')
     parser.add_argument('--epochs', type=int, help="instead of the config's")
-    parser.add_argument('--val-interval', type=int, default=5, metavar='EPOCHS')
+    parser.add_argument(
+        '--val-interval', type=int, metavar='EPOCHS', help="instead of the study's, or 5"
+    )
     parser.add_argument(
         '--reach', type=float, metavar='PERCENT', help='accuracy to count the epochs to'
     )
