@@ -12,25 +12,32 @@ Six ways for a small ViT to know position are trained at one size and evaluated 
     prior-clamped  SP-SA on offsets clamped to those of the training grid
 
 The three rules of SP-SA agree on the training grid, so one training serves them all;
-they have no absolute embedding, and the first four trainings start from one seed.
+they have no absolute embedding, and the four trainings start from one seed. Images are
+resized; the scenes are also drawn on larger canvases, with digits of the same size.
 
     python benchmarks/resolution.py digits
     python benchmarks/resolution.py scenes --iters 1500
     python benchmarks/resolution.py cifar10 --data-root data/cifar10 --iters 1500
 
-It prints a table, and writes it as CSV and PNG.
+It prints a table, and writes it as CSV and PNG. A training that was evaluated before
+is not repeated: the same command goes on where it was stopped.
 """
 
 import argparse
 import csv
+import hashlib
+import json
+import time
 from copy import deepcopy
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, TestLoop
+
+from spvit_mm.engine import UserError, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -41,19 +48,17 @@ TASKS = {
         'mIoU',
     ),
     'cifar10': (
-        'classification/sp-deit-tiny_1xb128-200e_cifar10.py',
+        'classification/spvit-mini_1xb64-10e_cifar10-5k.py',
         'accuracy/top1',
     ),
 }
-NUM_CIFAR_TEST = 10_000
 # Factors of height and width; tokens grow with their product.
 SCALES = [(0.67, 0.67), (1, 1), (1.5, 1.5), (2, 2)]
 ASPECTS = [(1, 2), (2, 1), (1, 3)]
-VANILLA = dict(num_spsa_layers=0, cls_token_layer=None)
 TRAININGS = {
-    'absolute': dict(**VANILLA, pos_embed='learned', with_peg=False),
-    'none': dict(**VANILLA, pos_embed=None, with_peg=False),
-    'peg': dict(**VANILLA, pos_embed=None, with_peg=True),
+    'absolute': dict(num_spsa_layers=0, pos_embed='learned', with_peg=False),
+    'none': dict(num_spsa_layers=0, pos_embed=None, with_peg=False),
+    'peg': dict(num_spsa_layers=0, pos_embed=None, with_peg=True),
     'prior': dict(pos_embed=None, with_peg=False),
 }
 VARIANTS = {
@@ -103,49 +108,36 @@ def read_config(task, args):
         type='CheckpointHook', by_epoch=False, interval=args.iters
     )
     cfg.log_level = 'WARNING'
-    if task == 'cifar10':
-        # Under 1 M parameters and every fifth test image: hours become minutes.
-        cfg.model.backbone.arch = dict(
-            embed_dims=96, num_layers=6, num_heads=3, feedforward_channels=192
-        )
-        cfg.model.backbone.num_spsa_layers = 4
-        cfg.model.backbone.drop_path_rate = 0.0
-        cfg.model.head.in_channels = 96
-    for split in ('train', 'test'):
-        dataset = cfg[f'{split}_dataloader'].dataset
-        if task == 'cifar10':
-            pipeline = [dict(type='LoadImageFromFile'), *dataset.pipeline]
-            cfg[f'{split}_dataloader'].dataset = dict(
-                type='CustomDataset', data_prefix=split, pipeline=pipeline
-            )
-            cfg.data_preprocessor.to_rgb = True
-            if split == 'test':
-                dataset = cfg.test_dataloader.dataset
-                dataset.indices = list(range(0, NUM_CIFAR_TEST, 5))
-        if args.data_root:
+    if args.data_root:
+        for split in ('train', 'test'):
             cfg[f'{split}_dataloader'].dataset.data_root = str(args.data_root)
+    # Without SP-SA layers, too, the class token joins where it does with them.
+    backbone = cfg.model.backbone
+    backbone.cls_token_layer = backbone.num_spsa_layers
+    cfg.merge_from_dict(args.cfg_options or {})
     return cfg, metric
 
 
-def test_config(cfg, task, size):
-    """The test loader's config with its images resized to ``size`` (h, w)."""
+def test_config(cfg, task, kind, size):
+    """The test loader's config at ``size`` (h, w): images resized, or a canvas."""
     loader = deepcopy(cfg.test_dataloader)
     pipeline = loader.dataset.pipeline
     resize = dict(type='Resize', scale=(size[1], size[0]))
-    if task == 'scenes':
+    if kind == 'canvas':
+        loader.dataset.sizes = size
+    elif task == 'scenes':
         # Before the mask is loaded: the metric compares at the mask's own size.
         pipeline.insert(1, dict(**resize, keep_ratio=False))
     else:
         pipeline[:] = [p for p in pipeline if p.type != 'Resize']
         packing = len(pipeline) - 1
         pipeline.insert(packing, dict(**resize, interpolation='bicubic'))
-        if task == 'cifar10' and size[0] * size[1] > 1600:
-            loader.batch_size = min(loader.batch_size, 64)
+        loader.batch_size = min(loader.batch_size, 64)
     return loader
 
 
-def train(cfg, task, name, seed, args):
-    """Train one of TRAININGS; the runner, with the trained model."""
+def training_config(cfg, task, name, seed, args):
+    """The config of one of TRAININGS."""
     cfg = deepcopy(cfg)
     overrides = dict(TRAININGS[name])
     if task == 'scenes' and not overrides['with_peg']:
@@ -155,9 +147,44 @@ def train(cfg, task, name, seed, args):
     cfg.randomness = dict(seed=seed)
     cfg.work_dir = str(args.work_dir / f'{task}-{name}-seed{seed}')
     cfg.experiment_name = f'{task}-{name}-{seed}-{args.iters}'
-    runner = Runner.from_cfg(cfg)
+    return cfg
+
+
+def evaluated(cfg, task, name, cases, metric):
+    """Train one of TRAININGS and evaluate its VARIANTS, unless that was done before.
+
+    Returns:
+        dict: ``{variant: [value of each case]}``.
+
+    Raises:
+        UserError: If the folder holds the results of another config.
+    """
+    stamp = Path(cfg.work_dir) / 'results.json'
+    text = cfg.pretty_text + repr(cases)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if stamp.exists():
+        found = json.loads(stamp.read_text())
+        if found['config'] != digest:
+            raise UserError(
+                f'{stamp} holds the results of other settings. Give another --work-dir, '
+                'or remove that folder to run it anew.'
+            )
+        return found['values']
+    runner = Runner.from_cfg(deepcopy(cfg))
     runner.train()
-    return runner, cfg
+    trained, values = runner.model, {}
+    for variant, (source, coords) in VARIANTS.items():
+        if source != name:
+            continue
+        runner.model = with_rule(cfg, trained, coords) if coords else trained
+        values[variant] = []
+        for kind, size in cases:
+            loader = test_config(cfg, task, kind, size)
+            loop = TestLoop(runner, loader, deepcopy(cfg.test_evaluator))
+            with torch.no_grad():
+                values[variant].append(float(loop.run()[metric]))
+    stamp.write_text(json.dumps(dict(config=digest, values=values)))
+    return values
 
 
 def with_rule(cfg, trained, coords):
@@ -170,13 +197,16 @@ def with_rule(cfg, trained, coords):
     if cfg.get('data_preprocessor'):
         model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(model)
+    # Only the training grid is new, and it is the same.
     model.load_state_dict(trained.state_dict(), strict=coords == 'raw')
     return model.to(next(trained.parameters()).device).eval()
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv):
+    parser = launch.ArgumentParser(
+        prog='resolution.py',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('task', choices=TASKS)
     parser.add_argument('--iters', type=int, default=600, help='of each training')
@@ -184,18 +214,22 @@ def main():
     parser.add_argument('--data-root', type=Path, help='folder of the data')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/resolution'))
     parser.add_argument('--out', type=Path, help='stem of the CSV and PNG')
-    args = parser.parse_args()
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='changes of the config'
+    )
+    args = parser.parse_args(argv)
     if args.iters < 51:
-        parser.error(f'--iters must be above 50, the warm-up, got {args.iters}')
+        raise UserError(f'--iters must be above 50, the warm-up, got {args.iters}.')
     if args.seeds < 1:
-        parser.error(f'--seeds must be at least 1, got {args.seeds}')
-    if args.task == 'cifar10' and args.data_root is None:
-        parser.error(
-            'cifar10 needs --data-root, a folder with train/CLASS/*.jpg and test/CLASS/*.jpg'
-        )
+        raise UserError(f'--seeds must be at least 1, got {args.seeds}.')
+    if args.task == 'cifar10':
+        root = args.data_root
+        if root is None or not all((root / x).is_dir() for x in ('train', 'test')):
+            raise UserError(
+                'cifar10 needs --data-root, a folder with train/CLASS/*.jpg and '
+                f'test/CLASS/*.jpg, got {root}.'
+            )
     out = args.out or Path(f'outputs/resolution-{args.task}')
-
-    import spvit_mm  # noqa: F401
 
     cfg, metric = read_config(args.task, args)
     init_default_scope(cfg.default_scope)
@@ -203,69 +237,74 @@ def main():
     base = (base, base) if isinstance(base, int) else tuple(base)
     patch = cfg.model.backbone.patch_size
     sizes = sizes_of(base, patch)
+    cases = [('resized', size) for size in sizes]
+    if args.task == 'scenes':
+        cases += [('canvas', size) for size in sizes if size != base]
 
-    values = {name: {size: [] for size in sizes} for name in VARIANTS}
-    for seed in range(args.seeds):
-        for training in TRAININGS:
-            runner, used = train(cfg, args.task, training, seed, args)
-            trained = runner.model
-            for name, (source, coords) in VARIANTS.items():
-                if source != training:
-                    continue
-                model = with_rule(used, trained, coords) if coords else trained
-                runner.model = model
-                for size in sizes:
-                    loader = test_config(used, args.task, size)
-                    loop = TestLoop(runner, loader, deepcopy(used.test_evaluator))
-                    with torch.no_grad():
-                        values[name][size].append(loop.run()[metric])
-                print(f'seed {seed}: {name} done', flush=True)
-
-    report(args, out, metric, base, patch, values)
+    values = {name: [] for name in VARIANTS}
+    todo = [(seed, name) for seed in range(args.seeds) for name in TRAININGS]
+    start = time.time()
+    for done, (seed, training) in enumerate(todo, 1):
+        used = training_config(cfg, args.task, training, seed, args)
+        found = evaluated(used, args.task, training, cases, metric)
+        for name, row in found.items():
+            values[name].append(row)
+        left = (time.time() - start) / done * (len(todo) - done) / 60
+        print(
+            f'[{done}/{len(todo)}] seed {seed}: {", ".join(found)} done, '
+            f'about {left:.0f} min left',
+            flush=True,
+        )
+    report(args, out, metric, base, patch, cases, values)
 
 
-def report(args, out, metric, base, patch, values):
-    """Print the table; write it as CSV and PNG."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+def report(args, out, metric, base, patch, cases, values):
+    """Print a table for each kind of case; write them as one CSV and PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     def cell(found):
         spread = f' ± {stdev(found):.1f}' if len(found) > 1 else ''
         return f'{mean(found):.1f}{spread}'
 
-    sizes = list(next(iter(values.values())))
-    print(
-        f'\n{args.task}: {metric}, trained at {base[0]} x {base[1]} for {args.iters} '
-        f'iterations, {args.seeds} seed(s)\n'
-    )
+    kinds = list(dict.fromkeys(kind for kind, _ in cases))
+    figure = Figure(figsize=(9 * len(kinds), 4.5), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     tokens = base[0] * base[1] / patch**2
-    heads = [f'{h}x{w} ({h * w / patch**2 / tokens:.2g}x)' for h, w in sizes]
-    print('| position | ' + ' | '.join(heads) + ' |')
-    print('| --- ' * (len(sizes) + 1) + '|')
-    for name, row in values.items():
-        print(f'| {name} | ' + ' | '.join(cell(row[s]) for s in sizes) + ' |')
+    for kind, axis in zip(kinds, axes, strict=True):
+        own = [i for i, case in enumerate(cases) if case[0] == kind]
+        sizes = [cases[i][1] for i in own]
+        print(
+            f'\n{args.task}, {kind}: {metric}, trained at {base[0]} x {base[1]} for '
+            f'{args.iters} iterations, {args.seeds} seed(s)\n'
+        )
+        heads = [f'{h}x{w} ({h * w / patch**2 / tokens:.2g}x)' for h, w in sizes]
+        print('| position | ' + ' | '.join(heads) + ' |')
+        print('| --- ' * (len(sizes) + 1) + '|')
+        for name, rows in values.items():
+            cells = [[row[i] for row in rows] for i in own]
+            print(f'| {name} | ' + ' | '.join(map(cell, cells)) + ' |')
+            axis.plot(
+                range(len(own)), [mean(found) for found in cells], 'o-', label=name
+            )
+        axis.set_xticks(range(len(own)), heads, fontsize=8)
+        axis.set_ylabel(metric)
+        axis.set_xlabel('image at test (tokens relative to training)')
+        axis.set_title(f'{args.task}, {kind}')
+        axis.legend(fontsize=8)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix('.csv').open('w', newline='') as file:
         writer = csv.writer(file)
-        writer.writerow(['task', 'position', 'height', 'width', 'seed', metric])
-        for name, row in values.items():
-            for (height, width), found in row.items():
-                for seed, value in enumerate(found):
-                    writer.writerow([args.task, name, height, width, seed, value])
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout='constrained')
-    for name, row in values.items():
-        axis.plot(range(len(sizes)), [mean(row[s]) for s in sizes], 'o-', label=name)
-    axis.set_xticks(range(len(sizes)), heads, fontsize=8)
-    axis.axvline(len(SCALES) - 0.5, color='grey', linewidth=0.5)
-    axis.set_ylabel(metric)
-    axis.set_xlabel('image at test (tokens relative to training)')
-    axis.legend(fontsize=8)
-    figure.savefig(out.with_suffix('.png'), dpi=130)
+        writer.writerow(['task', 'kind', 'position', 'height', 'width', 'seed', metric])
+        for name, rows in values.items():
+            for seed, row in enumerate(rows):
+                for (kind, size), value in zip(cases, row, strict=True):
+                    writer.writerow([args.task, kind, name, *size, seed, value])
+    figure.savefig(out.with_suffix('.png'), dpi=110)
     print(f'\nWrote {out}.csv and {out}.png')
 
 
 if __name__ == '__main__':
-    main()
+    launch.run_cli(main, 'resolution.py')
