@@ -316,7 +316,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--seeds', type=int, default=5, help='seeds 0, 1, ...')
     parser.add_argument('--epochs', type=int, help="instead of the config's")
     parser.add_argument(
-        '--val-interval', type=int, metavar='EPOCHS', help="instead of the study's, or 5"
+        '--val-interval',
+        type=int,
+        metavar='EPOCHS',
+        help="instead of the study's, or 5",
     )
     parser.add_argument(
         '--reach', type=float, metavar='PERCENT', help='accuracy to count the epochs to'

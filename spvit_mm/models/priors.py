@@ -8,6 +8,7 @@ H x W patches there are (2H-1)(2W-1) distinct offsets, so a prior is a table of
 that size per head; the N x N prior of the paper is that table read N times.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -306,13 +307,19 @@ class MLPSpatialPrior(SpatialPrior):
               every hinge of the ReLU passes through the query itself.
             - ``'spread'``: weights uniform of the usual fan-in size, the first
               biases uniform over the size of ``grid``: hinges all over it.
+            - ``'local'``: each head looks at its own point c_h beside the query,
+              f_h(r) = 1 - locality * |r - c_h|, the norm made of hinges in
+              all directions. Not neutral: for a model trained from scratch, in
+              which ``SpatialPriorAttention(init_score=...)`` gives it a score to
+              multiply.
 
             Defaults to 'released'.
+        locality (float): The slope of a ``'local'`` start. Defaults to 1.0.
         **kwargs: ``grid``, ``coords`` and ``init_cfg`` of
             :class:`SpatialPrior`.
     """
 
-    INITS = ('released', 'spread')
+    INITS = ('released', 'spread', 'local')
 
     def __init__(
         self,
@@ -320,6 +327,7 @@ class MLPSpatialPrior(SpatialPrior):
         hidden_dims=32,
         act_cfg=dict(type='ReLU', inplace=True),
         init='released',
+        locality=1.0,
         **kwargs,
     ):
         super().__init__(num_heads, **kwargs)
@@ -335,8 +343,14 @@ class MLPSpatialPrior(SpatialPrior):
             raise ValueError(
                 "`init='spread'` needs `grid`, the (H, W) over which to spread."
             )
+        if init == 'local' and (len(widths) > 1 or widths[0] < 4):
+            raise ValueError(
+                "`init='local'` needs one hidden layer of at least 4 units, got "
+                f'hidden_dims={hidden_dims!r}.'
+            )
         self.hidden_dims = widths
         self.init = init
+        self.locality = locality
         self.act = MODELS.build(act_cfg)
         fan_in = 2
         for i, width in enumerate(widths, 1):
@@ -353,20 +367,45 @@ class MLPSpatialPrior(SpatialPrior):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Start as the neutral prior, 1 everywhere."""
+        """Start as `init` says; 1 everywhere unless it is 'local'."""
         for i in range(1, len(self.hidden_dims) + 1):
             weight, bias = self._layer(i)
-            if self.init == 'released':
-                nn.init.trunc_normal_(weight, std=0.02)
-                nn.init.zeros_(bias)
-            else:
+            if self.init == 'spread':
                 bound = weight.shape[1] ** -0.5
                 nn.init.uniform_(weight, -bound, bound)
                 reach = max(self.grid) if i == 1 else bound
                 nn.init.uniform_(bias, -reach, reach)
+            else:
+                nn.init.trunc_normal_(weight, std=0.02)
+                nn.init.zeros_(bias)
         weight, bias = self._layer(len(self.hidden_dims) + 1)
         nn.init.zeros_(weight)
         nn.init.ones_(bias)
+        if self.init == 'local':
+            self._reset_to_local()
+
+    def _reset_to_local(self):
+        """Set f_h(r) = 1 - locality * |r - c_h|, the c_h on a ring around the query.
+
+        |v| is the mean over directions u of (pi / 2) |u . v|, and |u . v| is the
+        sum of two hinges.
+        """
+        pairs = self.hidden_dims[0] // 2
+        angle = torch.arange(pairs) * (math.pi / pairs)
+        u = torch.stack((angle.cos(), angle.sin()), dim=1)
+        u = torch.cat((u, -u)).to(self.w1)
+        turn = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        centres = torch.stack((turn.cos(), turn.sin()), dim=1).to(u)
+        if self.num_heads == 1:
+            centres.zero_()
+        # An odd unit that is left keeps its start and its weight of 0.
+        w1, b1, w2 = (
+            p.unflatten(0, (self.num_heads, -1))[:, : 2 * pairs]
+            for p in (self.w1, self.b1, self.w2)
+        )
+        w1.copy_(u.expand_as(w1))
+        b1.copy_(-(centres @ u.t()))
+        w2.fill_(-self.locality * math.pi / (2 * pairs))
 
     def relation(self, offsets):
         heads, dtype = self.num_heads, offsets.dtype

@@ -39,6 +39,22 @@ def test_new_prior_is_one_everywhere(hw):
         assert torch.equal(table, torch.ones_like(table))
 
 
+@pytest.mark.parametrize('heads, hidden_dims', [(1, 32), (4, 33), (6, 16)])
+def test_local_start_is_a_cone_beside_the_query(heads, hidden_dims):
+    prior = MLPSpatialPrior(heads, hidden_dims, init='local', locality=0.5)
+    table = prior((4, 6)).detach().numpy()
+    for h in range(heads):
+        angle = 2 * np.pi * h / heads
+        centre = (np.cos(angle), np.sin(angle)) if heads > 1 else (0, 0)
+        for dy in range(-3, 4):
+            for dx in range(-5, 6):
+                distance = np.hypot(dx - centre[0], dy - centre[1])
+                # A polygon in place of the circle: 16 units make 16 corners.
+                assert table[h, dy + 3, dx + 5] == pytest.approx(
+                    1 - 0.5 * distance, abs=0.5 * distance * 0.03 + 1e-5
+                )
+
+
 def test_released_start():
     prior = MLPSpatialPrior(6, hidden_dims=64)
     shapes = {name: tuple(p.shape) for name, p in prior.named_parameters()}
@@ -163,6 +179,8 @@ def test_own_relation_in_a_few_lines():
         (dict(num_heads=2, coords='scaled'), 'needs `grid`'),
         (dict(num_heads=2, init='random'), "'released', 'spread'"),
         (dict(num_heads=2, init='spread'), 'needs `grid`'),
+        (dict(num_heads=2, init='local', hidden_dims=3), 'at least 4 units'),
+        (dict(num_heads=2, init='local', hidden_dims=(32, 32)), 'one hidden layer'),
     ],
 )
 def test_bad_arguments(kwargs, message):
