@@ -11,10 +11,12 @@ from .binarize import (
 from .figures import figure_to_image
 from .prior_maps import (
     PriorMap,
+    animate_priors,
     collect_priors,
     draw_comparison,
     draw_priors,
     draw_strip,
+    write_gif,
 )
 from .prior_stats import HeadFocus, format_focus, head_focus, write_focus
 from .recording import AttentionMap, Recording, attention_terms, record_attention
@@ -44,6 +46,7 @@ __all__ = [
     'PriorMap',
     'QueryAttention',
     'Recording',
+    'animate_priors',
     'attention_terms',
     'collect_priors',
     'draw_comparison',
@@ -56,4 +59,5 @@ __all__ = [
     'query_attention',
     'record_attention',
     'write_focus',
+    'write_gif',
 ]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..models import SpatialPrior
-from .figures import new_figure
+from .figures import figure_to_image, new_figure
 
 
 class PriorMap(NamedTuple):
@@ -62,7 +62,7 @@ def collect_priors(model, hw=None):
     return maps
 
 
-def draw_priors(maps, title=''):
+def draw_priors(maps, title='', reach=None):
     """Draw maps, one row a layer and one column a head.
 
     All share one diverging colour scale whose middle is 1, the neutral prior:
@@ -72,19 +72,22 @@ def draw_priors(maps, title=''):
     Args:
         maps (List[PriorMap]): From :func:`collect_priors`.
         title (str): Written above. Defaults to ''.
+        reach (float, optional): How far the colour scale goes from 1 to both
+            sides. Defaults to None: as far as these maps do.
 
     Returns:
         matplotlib.figure.Figure: The figure; ``figure.savefig(path)`` writes it.
     """
-    return draw_comparison({'': maps}, title)
+    return draw_comparison({'': maps}, title, reach)
 
 
-def draw_comparison(models, title=''):
+def draw_comparison(models, title='', reach=None):
     """Draw the priors of several models side by side, on one colour scale.
 
     Args:
         models (Dict[str, List[PriorMap]]): The models' names and maps.
         title (str): Written above. Defaults to ''.
+        reach (float, optional): As of :func:`draw_priors`. Defaults to None.
 
     Returns:
         matplotlib.figure.Figure: As of :func:`draw_priors`, the columns of one
@@ -107,7 +110,7 @@ def draw_comparison(models, title=''):
             table = next((m.table for m in maps if m.name == layer), ())
             absent = max(len(m.table) for m in maps) - len(table)
             rows[layer] += [*table, *[None] * absent]
-    return _draw_tables(rows, headings, title, groups)
+    return _draw_tables(rows, headings, title, groups, reach)
 
 
 def draw_strip(steps, title=''):
@@ -130,7 +133,79 @@ def draw_strip(steps, title=''):
     return _draw_tables(rows, list(steps), title)
 
 
-def _draw_tables(rows, headings, title, groups=None):
+def animate_priors(steps, title='', dpi=60):
+    """Draw how priors develop: one frame a checkpoint, all on one colour scale.
+
+    Args:
+        steps (Dict[str, List[PriorMap]]): As of :func:`draw_strip`, at least two.
+        title (str): Written above each frame, over the checkpoint's name.
+            Defaults to ''.
+        dpi (int): Pixels per inch. Defaults to 60.
+
+    Returns:
+        List[np.ndarray]: The frames, each (height, width, 3), uint8;
+        :func:`write_gif` writes them.
+
+    Raises:
+        ValueError: If there are fewer than two steps, or their layers, heads or
+            grids differ.
+    """
+    if len(steps) < 2:
+        raise ValueError(
+            f'An animation needs two checkpoints or more, got {len(steps)}.'
+        )
+    shapes = {
+        name: [(m.name, m.table.shape) for m in maps] for name, maps in steps.items()
+    }
+    first = next(iter(shapes))
+    for name, found in shapes.items():
+        if found != shapes[first]:
+            raise ValueError(
+                f'The priors of {first} and {name} differ in layers, heads or grid: '
+                'give checkpoints of one training.'
+            )
+    reach = _reach(m.table for maps in steps.values() for m in maps)
+    return [
+        figure_to_image(draw_priors(maps, f'{title}\n{name}'.strip(), reach), dpi)
+        for name, maps in steps.items()
+    ]
+
+
+def write_gif(frames, path, seconds=0.6):
+    """Write frames as an endless GIF whose last frame stays four times as long.
+
+    Args:
+        frames (List[np.ndarray]): Each (height, width, 3), uint8, of one size.
+        path (str): The file.
+        seconds (float): How long a frame stays. Defaults to 0.6.
+    """
+    from PIL import Image
+
+    # One palette for all, or colours would shift from frame to frame.
+    palette = Image.fromarray(np.concatenate(frames)).quantize(256)
+    first, *rest = [
+        Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
+        for frame in frames
+    ]
+    durations = [round(1000 * seconds)] * len(rest) + [round(4000 * seconds)]
+    first.save(
+        path,
+        format='GIF',
+        save_all=True,
+        append_images=rest,
+        duration=durations,
+        loop=0,
+        optimize=False,
+    )
+
+
+def _reach(tables):
+    """The largest distance from 1, the neutral prior."""
+    reach = max(float(np.abs(table - 1).max()) for table in tables)
+    return max(reach, 1e-3)  # a neutral model has no range of its own
+
+
+def _draw_tables(rows, headings, title, groups=None, reach=None):
     """Draw tables (2H-1, 2W-1): ``rows`` maps a label to a table or None for each
     of ``headings``; ``groups`` are further words above the columns."""
     tables = [t for row in rows.values() for t in row if t is not None]
@@ -140,8 +215,7 @@ def _draw_tables(rows, headings, title, groups=None):
         cell * len(headings) + 1.6, cell * len(rows) * height / width + 1.2
     )
     axes = figure.subplots(len(rows), len(headings), squeeze=False)
-    reach = max(float(np.abs(t - 1).max()) for t in tables)
-    reach = max(reach, 1e-3)  # a neutral model has no range of its own
+    reach = reach or _reach(tables)
     image = None
     for i, (label, row) in enumerate(rows.items()):
         axes[i, 0].set_ylabel(label)

@@ -1,12 +1,15 @@
 #!/usr/bin/env python
 """Draw the spatial priors of every SP-SA layer and head into one PNG, and say in
-numbers what each head looks for. Several checkpoints of one training make a strip."""
+numbers what each head looks for. Several checkpoints of one training make a strip, or
+an animation where --out ends in .gif."""
 
+import os
 import os.path as osp
 
 from spvit_mm.engine import UserError, launch
 from spvit_mm.engine.samples import load_model
 from spvit_mm.explain import (
+    animate_priors,
     collect_priors,
     draw_comparison,
     draw_priors,
@@ -14,6 +17,7 @@ from spvit_mm.explain import (
     format_focus,
     head_focus,
     write_focus,
+    write_gif,
 )
 
 
@@ -23,7 +27,8 @@ def main(argv: list) -> None:
     parser.add_argument(
         'checkpoint',
         nargs='+',
-        help='path of the checkpoint, or of several in order: a column for each',
+        help='path of the checkpoint, or of several in order: a column or a frame '
+        'for each',
     )
     parser.add_argument(
         '--compare',
@@ -33,8 +38,9 @@ def main(argv: list) -> None:
     )
     parser.add_argument(
         '--out',
-        help='the PNG to write (default: priors.png beside the last checkpoint); the '
-        'numbers go into a CSV of the same name',
+        help='the .png to write, or the .gif: a frame for each checkpoint (default: '
+        'priors.png beside the last checkpoint); the numbers of the last checkpoint go '
+        'into a CSV of the same name',
     )
     parser.add_argument(
         '--grid',
@@ -48,6 +54,19 @@ def main(argv: list) -> None:
         raise UserError(f'--grid takes two positive numbers, got {args.grid}.')
     if args.compare and len(args.checkpoint) > 1:
         raise UserError('--compare takes one checkpoint of each model, not a strip.')
+    out = args.out or osp.join(osp.dirname(args.checkpoint[-1]), 'priors.png')
+    ending = osp.splitext(out)[1].lower()
+    if ending not in ('.png', '.gif'):
+        raise UserError(
+            f'--out takes a file ending in .png or, for an animation, .gif, got {out}.'
+        )
+    if ending == '.gif' and len(args.checkpoint) < 2:
+        raise UserError(
+            'A .gif shows several checkpoints of one training, got a single one: give '
+            'two or more, in order, or let --out end in .png.'
+        )
+    if not osp.isdir(osp.dirname(out) or os.curdir):
+        raise UserError(f'The folder of --out {out} does not exist.')
 
     name = osp.splitext(osp.basename(args.config))[0]
     title = f'Spatial priors of {name}'
@@ -70,12 +89,17 @@ def main(argv: list) -> None:
         if names[0] == names[1]:
             names = ['first', 'second']
         figure = draw_comparison(dict(zip(names, (maps, other), strict=True)))
+    elif ending == '.gif':
+        with launch.building('No animation'):
+            frames = animate_priors(steps, title)
     elif len(steps) > 1:
         figure = draw_strip(steps, title)
     else:
         figure = draw_priors(maps, f'{title}\n{osp.basename(path)}')
-    out = args.out or osp.join(osp.dirname(path), 'priors.png')
-    figure.savefig(out, dpi=120)
+    if ending == '.gif':
+        write_gif(frames, out)
+    else:
+        figure.savefig(out, dpi=120)
     focus = head_focus(maps)
     print(format_focus(focus))
     write_focus(osp.splitext(out)[0] + '.csv', focus)
