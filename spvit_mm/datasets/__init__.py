@@ -1,6 +1,7 @@
 """Data sets that need no download, and the transforms of our recipes."""
 
 from .digits import Digits
+from .subset import CustomSubsetDataset
 from .token_label_transforms import (
     PackTokenLabelInputs,
     TokenLabelRandomFlip,
@@ -22,6 +23,7 @@ else:
         SEG_DATASETS._locations.append(_digit_scenes)
 
 __all__ = [
+    'CustomSubsetDataset',
     'Digits',
     'LabelMapError',
     'PackTokenLabelInputs',
