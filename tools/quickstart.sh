@@ -12,7 +12,7 @@ CONFIG=$ROOT/configs/classification/$NAME.py
 WORK=${WORK_DIR:-work_dirs/quickstart}
 
 echo "== Train $NAME (about a minute and a half)"
-python "$ROOT"/tools/train.py "$CONFIG" --work-dir "$WORK"
+python "$ROOT"/tools/train.py "${CONFIG%.py}-prior-maps.py" --work-dir "$WORK"
 CHECKPOINT=$(cat "$WORK/last_checkpoint")
 
 echo "== Evaluate $CHECKPOINT on the 360 held-out digits"
@@ -23,6 +23,7 @@ echo "== Draw the learned priors"
 python "$ROOT"/tools/visualization/show_priors.py "$CONFIG" "$CHECKPOINT" --out "$WORK/priors.png"
 
 ACCURACY=$(python -c "import json, sys; print('%.2f' % json.load(open(sys.argv[1]))['accuracy/top1'])" "$WORK/metrics.json")
+MAPS=$(ls -td "$WORK"/*/vis_data/vis_image | head -n 1)
 LOG=$(ls -t "$WORK"/*/*.log | head -n 1)
 cat <<END
 
@@ -31,6 +32,7 @@ cat <<END
    checkpoint       $CHECKPOINT
    log              $LOG
    picture          $WORK/priors.png
+   while training   $MAPS
 
    Next, the same ViT without priors:
    source .venv/bin/activate

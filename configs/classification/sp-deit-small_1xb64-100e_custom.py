@@ -8,3 +8,6 @@ _base_ = [
 
 model = dict(head=dict(num_classes=2))  # the number of your folders
 data_preprocessor = dict(num_classes=2)
+
+# The priors of all heads as pictures, in vis_data/vis_image of the run's folder.
+custom_hooks = [dict(type='PriorVisualizationHook', interval=10)]

@@ -60,9 +60,13 @@ def test_by_iterations(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_model_without_priors_is_told_before_training(tmp_path):
-    with pytest.raises(ValueError, match='no spatial prior'):
-        train(tmp_path, layers=0)
+def test_a_model_without_priors_trains_and_is_told_once(tmp_path):
+    train(tmp_path, layers=0)
+    (log,) = (tmp_path / 'work').rglob('*.log')
+    assert log.read_text().count('the model has no spatial prior') == 1
+    pictures, scalars = logged(tmp_path)
+    assert not pictures
+    assert not scalars
 
 
 @pytest.mark.parametrize('interval', [0, -1, 1.5, '2'])

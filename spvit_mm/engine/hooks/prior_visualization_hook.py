@@ -6,6 +6,14 @@ from mmengine.model import is_model_wrapper
 from mmpretrain.registry import HOOKS
 
 from ...explain import collect_priors, draw_priors, figure_to_image, head_focus
+from ...models import SpatialPrior
+
+
+def unwrap(model):
+    """The model itself, where training wraps it."""
+    while is_model_wrapper(model):
+        model = model.module
+    return model
 
 
 @HOOKS.register_module()
@@ -18,7 +26,9 @@ class PriorVisualizationHook(Hook):
     patches), ``.../locality``, ``.../right``, ``.../down`` and, where a layer
     has several, ``.../difference`` (see :class:`spvit_mm.explain.HeadFocus`).
     The step is the epoch, or the iteration with ``by_epoch=False``; 0 is the
-    start of training.
+    start of training. A model without priors, such as the baseline of the same
+    config, trains all the same: one line of the log says that there is nothing to
+    show.
 
     Args:
         interval (int): Log every n epochs or iterations. Defaults to 1.
@@ -30,7 +40,7 @@ class PriorVisualizationHook(Hook):
 
     Raises:
         ValueError: If ``interval`` is no positive integer; before training, if
-            the model has no spatial prior.
+            ``grid`` is needed.
     """
 
     priority = 'LOW'
@@ -52,12 +62,22 @@ class PriorVisualizationHook(Hook):
         self.images = images
         self.scalars = scalars
         self.grid = grid
+        self.active = True
 
     def before_train(self, runner) -> None:
         """Log the start, which also tells at once if there is nothing to log."""
-        self.log(runner, runner.epoch if self.by_epoch else runner.iter)
+        model = unwrap(runner.model)
+        self.active = any(isinstance(m, SpatialPrior) for m in model.modules())
+        if self.active:
+            self.log(runner, runner.epoch if self.by_epoch else runner.iter)
+        else:
+            runner.logger.warning(
+                'PriorVisualizationHook logs nothing: the model has no spatial prior.'
+            )
 
     def after_train_epoch(self, runner) -> None:
+        if not self.active:
+            return
         if self.by_epoch and (
             self.every_n_epochs(runner, self.interval)
             or self.is_last_train_epoch(runner)
@@ -65,6 +85,8 @@ class PriorVisualizationHook(Hook):
             self.log(runner, runner.epoch + 1)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if not self.active:
+            return
         if not self.by_epoch and (
             self.every_n_train_iters(runner, self.interval)
             or self.is_last_train_iter(runner)
@@ -73,10 +95,7 @@ class PriorVisualizationHook(Hook):
 
     @master_only
     def log(self, runner, step: int) -> None:
-        model = runner.model
-        if is_model_wrapper(model):
-            model = model.module
-        maps = collect_priors(model, self.grid)
+        maps = collect_priors(unwrap(runner.model), self.grid)
         if self.images:
             unit = 'epochs' if self.by_epoch else 'iterations'
             figure = draw_priors(maps, f'after {step} {unit}')
