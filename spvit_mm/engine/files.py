@@ -34,6 +34,30 @@ def check_new_file(path: str, suffixes: tuple, force: bool = False) -> str:
     return path
 
 
+def prepare_picture(path: str, suffixes: tuple = ('.png',)) -> str:
+    """Check, before any work starts, the name of a picture, and make its folder.
+
+    A picture of an earlier call is replaced.
+
+    Args:
+        path (str): The path.
+        suffixes (tuple[str]): Endings that it may have. Defaults to ('.png',).
+
+    Returns:
+        str: The path, ``~`` expanded.
+
+    Raises:
+        UserError: If it ends otherwise, is a folder, or its folder cannot be made.
+    """
+    path = check_new_file(path, suffixes, force=True)
+    folder = osp.dirname(osp.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'The folder {folder} cannot be made: {error}.') from error
+    return path
+
+
 @contextmanager
 def whole_file(path: str) -> Iterator[str]:
     """A name beside ``path`` to write to; renamed to ``path`` when all went well."""

@@ -133,14 +133,14 @@ def draw_strip(steps, title=''):
     return _draw_tables(rows, list(steps), title)
 
 
-def animate_priors(steps, title='', dpi=60):
+def animate_priors(steps, title='', dpi=80):
     """Draw how priors develop: one frame a checkpoint, all on one colour scale.
 
     Args:
         steps (Dict[str, List[PriorMap]]): As of :func:`draw_strip`, at least two.
         title (str): Written above each frame, over the checkpoint's name.
             Defaults to ''.
-        dpi (int): Pixels per inch. Defaults to 60.
+        dpi (int): Pixels per inch. Defaults to 80.
 
     Returns:
         List[np.ndarray]: The frames, each (height, width, 3), uint8;

@@ -95,7 +95,7 @@ def trained(tmp_path, mmpretrain_scope):
 
 
 def test_animates_a_frame_for_each_checkpoint(trained, tmp_path):
-    out = tmp_path / 'priors.gif'
+    out = tmp_path / 'new folder/priors.gif'
     show_priors(CONFIG, *trained, '--out', out)
     with Image.open(out) as gif:
         frames = []
@@ -135,10 +135,11 @@ def test_animation_of_different_models_is_refused():
 @pytest.mark.parametrize(
     ('count', 'out', 'message'),
     [
-        (2, 'p.mp4', 'a file ending in .png or, for an animation, .gif, got p.mp4'),
-        (1, 'p', 'a file ending in .png'),
+        (2, 'p.mp4', 'p.mp4 must end in .png or .gif'),
+        (1, 'p', 'p must end in .png or .gif'),
         (1, 'p.gif', 'got a single one'),
-        (2, 'nowhere/p.gif', 'The folder of --out nowhere/p.gif does not exist'),
+        (2, f'{CONFIG}/p.gif', 'cannot be made'),
+        (2, str(ROOT), 'is a folder'),
     ],
 )
 def test_bad_out(trained, count, out, message, capsys):

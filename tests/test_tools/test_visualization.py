@@ -142,3 +142,14 @@ def test_binarized_priors(checkpoint, tmp_path, capsys):
         with pytest.raises(SystemExit):
             run('analysis/binarize_priors.py', CONFIG, path, *argv)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'tool', ['visualization/show_relevance.py', 'analysis/binarize_priors.py']
+)
+def test_name_of_the_picture_is_checked_first(tool, capsys):
+    # before the checkpoint, which is not there, is looked for
+    with pytest.raises(SystemExit) as error:
+        run(tool, CONFIG, 'nowhere.pth', '--out', 'picture.csv')
+    assert error.value.code == 2
+    assert 'picture.csv must end in .png' in capsys.readouterr().err

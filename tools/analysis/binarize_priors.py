@@ -13,6 +13,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
 
 from spvit_mm.engine import UserError, launch
+from spvit_mm.engine.files import prepare_picture
 from spvit_mm.engine.samples import load_model
 from spvit_mm.explain import BinarizedAttention, binarize, offset_mass
 from spvit_mm.explain.binarize import CRITERIA
@@ -71,6 +72,8 @@ def main(argv: list) -> None:
             '--finetune must be 0 or more, --mass-batches 1 or more and --lr-factor '
             'positive.'
         )
+    out = args.out or osp.join(osp.dirname(args.checkpoint), 'binarized.png')
+    out = prepare_picture(out) if args.out else out
     cfg, model = load_model(args.config, args.checkpoint)
     needed = ['test_dataloader', 'train_dataloader']
     needed += ['optim_wrapper'] if args.finetune else []
@@ -104,7 +107,6 @@ def main(argv: list) -> None:
         print('  '.join(f'{value:9.4f}' for value in row), flush=True)
     words = {'dense': 'a dense mask', 'block': "FlexAttention's BlockMask"}
     print(f'Masked by {words[kind]} ({get_device()}).')
-    out = args.out or osp.join(osp.dirname(args.checkpoint), 'binarized.png')
     draw(header, rows, args.by).savefig(out, dpi=120)
     table = osp.splitext(out)[0] + '.csv'
     with open(table, 'w', newline='') as file:

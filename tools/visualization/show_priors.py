@@ -3,10 +3,10 @@
 numbers what each head looks for. Several checkpoints of one training make a strip, or
 an animation where --out ends in .gif."""
 
-import os
 import os.path as osp
 
 from spvit_mm.engine import UserError, launch
+from spvit_mm.engine.files import prepare_picture
 from spvit_mm.engine.samples import load_model
 from spvit_mm.explain import (
     animate_priors,
@@ -55,18 +55,14 @@ def main(argv: list) -> None:
     if args.compare and len(args.checkpoint) > 1:
         raise UserError('--compare takes one checkpoint of each model, not a strip.')
     out = args.out or osp.join(osp.dirname(args.checkpoint[-1]), 'priors.png')
-    ending = osp.splitext(out)[1].lower()
-    if ending not in ('.png', '.gif'):
-        raise UserError(
-            f'--out takes a file ending in .png or, for an animation, .gif, got {out}.'
-        )
-    if ending == '.gif' and len(args.checkpoint) < 2:
+    animated = osp.splitext(out)[1] == '.gif'
+    if animated and len(args.checkpoint) < 2:
         raise UserError(
             'A .gif shows several checkpoints of one training, got a single one: give '
             'two or more, in order, or let --out end in .png.'
         )
-    if not osp.isdir(osp.dirname(out) or os.curdir):
-        raise UserError(f'The folder of --out {out} does not exist.')
+    if args.out:
+        out = prepare_picture(out, ('.png', '.gif'))
 
     name = osp.splitext(osp.basename(args.config))[0]
     title = f'Spatial priors of {name}'
@@ -89,14 +85,14 @@ def main(argv: list) -> None:
         if names[0] == names[1]:
             names = ['first', 'second']
         figure = draw_comparison(dict(zip(names, (maps, other), strict=True)))
-    elif ending == '.gif':
+    elif animated:
         with launch.building('No animation'):
             frames = animate_priors(steps, title)
     elif len(steps) > 1:
         figure = draw_strip(steps, title)
     else:
         figure = draw_priors(maps, f'{title}\n{osp.basename(path)}')
-    if ending == '.gif':
+    if animated:
         write_gif(frames, out)
     else:
         figure.savefig(out, dpi=120)

@@ -8,6 +8,7 @@ import os.path as osp
 import torch
 
 from spvit_mm.engine import UserError, launch
+from spvit_mm.engine.files import prepare_picture
 from spvit_mm.engine.samples import load_model, load_samples
 from spvit_mm.explain import (
     RELEVANCE_METHODS,
@@ -59,6 +60,7 @@ def main(argv: list) -> None:
     if args.perturb < 0:
         raise UserError(f'--perturb takes a number of images, got {args.perturb}.')
     out = args.out or osp.join(osp.dirname(args.checkpoint), 'relevance.png')
+    out = prepare_picture(out) if args.out else out
 
     columns, captions, rows, pictures = [], [], [], None
     for config, checkpoint in [(args.config, args.checkpoint), args.compare]:
