@@ -84,6 +84,7 @@ def main(argv: list) -> None:
     with launch.building('The data cannot be loaded'):
         test = Runner.build_dataloader(deepcopy(cfg.test_dataloader), seed=0)
         train = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
+    set_random_seed(0)  # for the augmentation of the images below
     with launch.building('No priors to binarise'):
         images = (
             model.data_preprocessor(batch, False)['inputs']
