@@ -57,7 +57,9 @@ def test_classification_config(name, tmp_path, mmpretrain_scope):
     model.init_weights()
     for module in model.modules():
         if hasattr(module, 'reset_parameters') and hasattr(module, 'relation'):
-            assert module((2, 3)).eq(1).all()  # neutral at the start
+            # neutral at the start, unless the config asks for the local one
+            neutral = module((2, 3)).eq(1).all()
+            assert neutral == (getattr(module, 'init', 'released') != 'local')
     data = model.data_preprocessor(batches['train'], training=True)
     losses = model(**data, mode='loss')
     assert losses['loss'].isfinite()
