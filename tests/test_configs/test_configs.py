@@ -18,13 +18,17 @@ CLASSIFICATION = sorted(
 
 def small_data(cfg, split, tmp_path):
     """What the dataset of a config would hand to its pipeline."""
+    size = cfg.model.backbone.img_size
     image = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
-    if cfg[f'{split}_dataloader'].dataset.pipeline[0].type == 'LoadImageFromFile':
+    pipeline = cfg[f'{split}_dataloader'].dataset.pipeline
+    if not any('Resize' in step.type for step in pipeline):
+        # a data set whose images have the model's size
+        image = np.ascontiguousarray(image[:size, :size])
+    if pipeline[0].type == 'LoadImageFromFile':
         from PIL import Image
 
         Image.fromarray(image).save(tmp_path / 'image.png')
         return dict(img_path=str(tmp_path / 'image.png'), gt_label=1)
-    size = cfg.model.backbone.img_size
     return dict(img=image[:size, :size], gt_label=1)
 
 
