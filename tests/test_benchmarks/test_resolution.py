@@ -23,7 +23,7 @@ def test_sizes_are_whole_patches():
 
 
 @pytest.mark.parametrize(
-    'argv, words',
+    ('argv', 'words'),
     [
         (['digits', '--iters', '50'], '--iters must be above 50'),
         (['digits', '--seeds', '0'], '--seeds must be at least 1'),

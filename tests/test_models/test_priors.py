@@ -39,7 +39,7 @@ def test_new_prior_is_one_everywhere(hw):
         assert torch.equal(table, torch.ones_like(table))
 
 
-@pytest.mark.parametrize('heads, hidden_dims', [(1, 32), (4, 33), (6, 16)])
+@pytest.mark.parametrize(('heads', 'hidden_dims'), [(1, 32), (4, 33), (6, 16)])
 def test_local_start_is_a_cone_beside_the_query(heads, hidden_dims):
     prior = MLPSpatialPrior(heads, hidden_dims, init='local', locality=0.5)
     table = prior((4, 6)).detach().numpy()
