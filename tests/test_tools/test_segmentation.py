@@ -1,13 +1,17 @@
 """The same command lines serve mmsegmentation's configs."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import mmcv
 import numpy as np
 import pytest
 import torch
 
-from tests.test_tools.test_train_test import command, fails
+from tests.test_tools.test_train_test import TOOLS, command, fails
 
 # With mmcv-lite, mmsegmentation itself cannot be imported.
 pytest.importorskip('mmseg.models')
@@ -19,7 +23,7 @@ data_preprocessor = dict(type='SegDataPreProcessor', size=(32, 32), seg_pad_val=
 model = dict(
     type='EncoderDecoder', data_preprocessor=data_preprocessor,
     backbone=dict(
-        type='mmpretrain.VisionTransformer', img_size=32, patch_size=8,
+        type='mmpretrain.{backbone}', img_size=32, patch_size=8,
         out_type='featmap', drop_rate=0.1, final_norm=False,
         arch=dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)),
     decode_head=dict(
@@ -33,6 +37,7 @@ pipeline = [
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='TestTimeAug', transforms=[
+        [dict(type='Resize', scale_factor=f, keep_ratio=True) for f in (0.5, 1.0, 1.5)],
         [dict(type='RandomFlip', prob=0.), dict(type='RandomFlip', prob=1.)],
         [dict(type='LoadAnnotations')], [dict(type='PackSegInputs')]])]
 tta_model = dict(type='SegTTAModel')
@@ -65,16 +70,27 @@ default_hooks = dict(
 """
 
 
-def test_segmentation(tmp_path, capsys):
+def write_data(folder, sizes):
+    """Images and masks: a bright right part on a dark ground."""
     rng = np.random.default_rng(0)
-    for i in range(3):
-        label = np.zeros((32, 32), np.uint8)
-        label[:, 8 * i + 4 :] = 1
-        image = rng.integers(0, 50, (32, 32, 3)) + 200 * label[..., None]
-        mmcv.imwrite(image.astype(np.uint8), str(tmp_path / f'data/images/{i}.png'))
-        mmcv.imwrite(label, str(tmp_path / f'data/labels/{i}.png'))
+    for i, (height, width) in enumerate(sizes):
+        label = np.zeros((height, width), np.uint8)
+        label[:, width // 4 * i + 4 :] = 1
+        image = rng.integers(0, 50, (height, width, 3)) + 200 * label[..., None]
+        mmcv.imwrite(image.astype(np.uint8), str(folder / f'images/{i}.png'))
+        mmcv.imwrite(label, str(folder / f'labels/{i}.png'))
+
+
+def write_config(tmp_path, backbone):
+    write_data(tmp_path / 'data', [(32, 32)] * 3)
     config = tmp_path / 'seg.py'
-    config.write_text(CONFIG.format(data=str(tmp_path / 'data')))
+    text = CONFIG.replace('{backbone}', backbone)
+    config.write_text(text.replace('{data!r}', repr(str(tmp_path / 'data'))))
+    return config
+
+
+def test_segmentation(tmp_path, capsys):
+    config = write_config(tmp_path, 'VisionTransformer')
 
     whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
     command('train.py', config, '--work-dir', whole)
@@ -106,3 +122,38 @@ def test_segmentation(tmp_path, capsys):
         f'train_dataloader.dataset.data_root={empty}',
     )  # fmt: skip
     assert f'{empty}/images does not exist' in line
+
+
+def test_spvit_takes_images_of_any_shape(tmp_path):
+    """Whole and slide inference and several scales, from 1:4 to 4:1, odd sizes."""
+    config = write_config(tmp_path, 'SPViT')
+    environment = dict(
+        os.environ,
+        PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+        OMP_NUM_THREADS='1',
+        PORT='29571',
+    )
+    work_dir = tmp_path / 'w'
+    done = subprocess.run(
+        [str(TOOLS / 'dist_train.sh'), str(config), '2', '--work-dir', str(work_dir)]
+        + ['--cfg-options', 'model.backbone.num_spsa_layers=1'],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    write_data(tmp_path / 'odd', [(19, 76), (75, 19), (33, 47)])
+    options = ['--cfg-options', 'model.backbone.num_spsa_layers=1']
+    options += [f'test_dataloader.dataset.data_root={tmp_path / "odd"}']
+    slide = ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size="(32, 32)"']
+    slide += ['model.test_cfg.stride="(21, 21)"']
+    for name, more in (('whole', []), ('slide', slide), ('tta', [])):
+        out, show = tmp_path / f'{name}.json', tmp_path / name
+        command(
+            'test.py', config, work_dir / 'iter_4.pth', '--work-dir', tmp_path / 't',
+            '--out', out, '--out-item', 'metrics', '--show-dir', show,
+            *(['--tta'] if name == 'tta' else []), *options, *more,
+        )  # fmt: skip
+        assert 0 <= json.loads(out.read_text())['mIoU'] <= 100
+        assert len(list(show.rglob('*.png'))) == 3
