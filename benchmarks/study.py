@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -177,11 +178,22 @@ def run_all(runs: list[Run], configs: dict, jobs: int) -> None:
         while queue or active:
             while queue and len(active) < jobs:
                 run = queue.pop(0)
+                if (run.folder / 'result.json').exists():
+                    done += 1
+                    continue
+                log = open(run.folder / 'output.log', 'a')  # noqa: SIM115
+                try:
+                    # The training inherits it, and keeps it should this process die.
+                    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    # Another study trains it just now, so look again later.
+                    log.close()
+                    queue.append(run)
+                    break
                 command = [sys.executable, str(ROOT / 'tools/train.py')]
                 command += [str(configs[run.folder]), '--work-dir', str(run.folder)]
                 if (run.folder / 'last_checkpoint').exists():
                     command.append('--resume')
-                log = open(run.folder / 'output.log', 'a')  # noqa: SIM115
                 env = {**os.environ, 'OMP_NUM_THREADS': '1'}
                 process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
                 active[process] = (run, log)

@@ -1,4 +1,5 @@
 import argparse
+import fcntl
 import importlib.util
 import json
 from pathlib import Path
@@ -102,6 +103,25 @@ def test_paired_interval(tmp_path):
     rows = study.summarize(dict(baseline='a', against={'b': 'b', 'a': 'b'}), runs)
     assert rows[0]['difference'] == pytest.approx(-diff.mean())
     assert rows[1]['difference'] == 0
+
+
+def test_a_run_of_another_study_is_waited_for(cfg, tmp_path, monkeypatch):
+    run = study.plan(study.load_study('class_token'), cfg, ARGS, tmp_path)[0]
+    study.write_config(run)
+    other = open(run.folder / 'output.log', 'a')  # noqa: SIM115
+    fcntl.flock(other, fcntl.LOCK_EX)
+    waited = []
+
+    def finish(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            (run.folder / 'result.json').write_text('{"5": 90.0}')
+            other.close()
+
+    monkeypatch.setattr(study.time, 'sleep', finish)
+    monkeypatch.setattr(study.subprocess, 'Popen', None)  # it would have to be called
+    study.run_all([run], {run.folder: run.folder / 'config.py'}, jobs=1)
+    assert len(waited) >= 3
 
 
 @pytest.mark.slow
