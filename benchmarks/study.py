@@ -280,9 +280,9 @@ def table(rows: list[dict]) -> str:
     if 'epochs' in rows[0]:
         lines[0] += ' epochs to get there |'
         lines[1] += ' --- |'
-        lines[2:] = [
-            f'{x} {r["epochs"]:.1f} |' for x, r in zip(lines[2:], rows, strict=True)
-        ]
+        for i, row in enumerate(rows, 2):
+            reached = not np.isnan(row['epochs'])
+            lines[i] += f' {row["epochs"]:.1f} |' if reached else ' not in every seed |'
     return '\n'.join(lines)
 
 
