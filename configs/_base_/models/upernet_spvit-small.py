@@ -21,8 +21,8 @@ model = dict(
     backbone=dict(
         type='mmpretrain.SPViT',
         arch='spvit-small',
-        # Holds up best at other sizes than that of training (docs/resolution.md).
-        prior=dict(type='MLPSpatialPrior', hidden_dims=64, coords='scaled'),
+        # Holds up on larger images with objects of the same size (docs/resolution.md).
+        prior=dict(type='MLPSpatialPrior', hidden_dims=64, coords='clamped'),
         img_size=(512, 512),
         out_type='featmap',
         out_indices=(6, 9, 12, 15),
