@@ -7,6 +7,7 @@ is its ``default_scope``.
 
 import argparse
 import inspect
+import logging
 import os
 import os.path as osp
 import sys
@@ -19,6 +20,7 @@ from glob import escape, glob
 from typing import Optional
 
 import torch
+import torch.distributed as dist
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.hooks import LoggerHook
@@ -55,6 +57,13 @@ def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
         message = str(error).rsplit(f'{CorruptImageError.__name__}: ', 1)[-1]
         print(f'{prog}: error: {message.strip()}', file=sys.stderr)
         raise SystemExit(2) from None
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == 'gloo':
+        # Threads of gloo outlive the interpreter's end, which now and then makes it
+        # "terminate called" with all work done; destroying the group does not help.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @contextmanager
