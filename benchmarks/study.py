@@ -3,6 +3,7 @@
     python benchmarks/study.py --list
     python benchmarks/study.py relative --seeds 5 --jobs 2
     python benchmarks/study.py relative --config my_config.py --epochs 20
+    python benchmarks/study.py relative --settings sp-sa psa
 
 Every run is a training of its own through ``tools/train.py``. A finished run is not
 repeated, not even for another study that has the same setting, and a killed one goes on
@@ -28,8 +29,11 @@ from typing import NamedTuple
 import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import load
+from mmengine.registry import DefaultScope
+from mmpretrain.registry import DATASETS, MODELS
 
 from spvit_mm.engine import UserError, launch
+from spvit_mm.models import SPViT
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / 'benchmarks' / 'studies.yml'
@@ -53,6 +57,20 @@ class Run(NamedTuple):
     config: str
 
 
+class Place(NamedTuple):
+    """Where the priors of the config under study are.
+
+    Attributes:
+        depth (int): All layers.
+        num_spsa_layers (int): The first ones, which have priors.
+        cls_token_layer (int): The class token joins before it; None without one.
+    """
+
+    depth: int
+    num_spsa_layers: int
+    cls_token_layer: int | None
+
+
 def load_study(name: str, path: Path = STUDIES) -> dict:
     """Read a study; an unknown name is a UserError that lists the names."""
     studies = load(str(path))
@@ -61,11 +79,29 @@ def load_study(name: str, path: Path = STUDIES) -> dict:
     return studies[name]
 
 
-def expand(overrides: dict, cfg: Config) -> dict:
+def place_of(cfg: Config) -> Place:
+    """Where a config's priors are; anything but an SP-ViT is a UserError."""
+    backbone = build_backbone(cfg)
+    if not isinstance(backbone, SPViT):
+        raise UserError(
+            f'{cfg.filename}: the studies change the priors of an SPViT, and '
+            f'`model.backbone` is a {type(backbone).__name__}.'
+        )
+    return Place(
+        backbone.num_layers, backbone.num_spsa_layers, backbone.cls_token_layer
+    )
+
+
+def expand(overrides: dict, cfg: Config, place: Place) -> dict:
     """Config overrides of a setting, its shorthands written out."""
     out = {}
     for key, value in overrides.items():
-        if key == 'data_fraction':
+        if key == 'spsa_share':
+            count = round(value * place.depth)
+            if count != place.num_spsa_layers:
+                out['model.backbone.num_spsa_layers'] = count
+                out['model.backbone.cls_token_layer'] = place.cls_token_layer
+        elif key == 'data_fraction':
             # As many batches an epoch as with all data. Evenly spaced samples, since a
             # folder dataset lists one class after another.
             data = cfg.train_dataloader.dataset.to_dict()
@@ -85,13 +121,19 @@ def expand(overrides: dict, cfg: Config) -> dict:
     return out
 
 
+def build_backbone(cfg: Config):
+    """The backbone of a config."""
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return MODELS.build(cfg.model.backbone)
+
+
 def build_dataset(data: dict):
     """The dataset of a config, without its pipeline."""
-    from mmengine.registry import DefaultScope
-    from mmpretrain.registry import DATASETS
-
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        return DATASETS.build({**data, 'pipeline': []})
+        try:
+            return DATASETS.build({**data, 'pipeline': []})
+        except (OSError, ValueError) as error:
+            raise UserError(f'`train_dataloader.dataset`: {error}') from error
 
 
 def plan(study: dict, cfg: Config, args, runs_dir: Path) -> list[Run]:
@@ -100,9 +142,10 @@ def plan(study: dict, cfg: Config, args, runs_dir: Path) -> list[Run]:
     A run's folder is named after its config, so that studies share it.
     """
     runs = []
+    place = place_of(cfg)
     for seed in range(args.seeds):
         for setting, overrides in study['settings'].items():
-            overrides = expand(overrides, cfg)
+            overrides = expand(overrides, cfg, place)
             overrides['randomness.seed'] = seed
             interval = args.val_interval or study.get('val_interval', 5)
             overrides['train_cfg.val_interval'] = interval
@@ -128,6 +171,32 @@ def config_text(overrides: dict, cfg: Config) -> str:
         else:
             own.merge_from_dict({key: value})
     return own.pretty_text
+
+
+def check_backbones(runs: list[Run]) -> None:
+    """Build the backbone of every setting; one that cannot be built is a UserError."""
+    for run in runs:
+        if run.seed == 0:
+            try:
+                build_backbone(Config.fromstring(run.config, '.py'))
+            except (TypeError, ValueError, KeyError) as error:
+                raise UserError(
+                    f'Setting {run.setting!r} does not fit the config: {error} '
+                    'Leave it out with --settings, or take another config.'
+                ) from error
+
+
+def choose(study: dict, settings: list[str]) -> dict:
+    """Only these settings of a study, and what they are compared with."""
+    unknown = [name for name in settings if name not in study['settings']]
+    if unknown:
+        raise UserError(
+            f'--settings: no setting {", ".join(unknown)}. '
+            f'There are: {", ".join(study["settings"])}.'
+        )
+    wanted = {*settings, *(baseline_of(name, study) for name in settings)}
+    kept = {k: v for k, v in study['settings'].items() if k in wanted}
+    return {**study, 'settings': kept}
 
 
 def write_config(run: Run) -> Path:
@@ -202,9 +271,10 @@ def run_all(runs: list[Run], configs: dict, jobs: int) -> None:
                 run, log = active.pop(process)
                 log.close()
                 if process.returncode:
+                    output = run.folder / 'output.log'
                     raise UserError(
-                        f'The run {run.folder} ended with code {process.returncode}; '
-                        f'see {run.folder}/output.log.'
+                        f'The run {run.folder} ended with code {process.returncode}, '
+                        f'{output} with: {output.read_text().strip().splitlines()[-1]}'
                     )
                 curve = curve_of(run.folder)
                 (run.folder / 'result.json').write_text(json.dumps(curve))
@@ -324,6 +394,12 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument('study', nargs='?', help='name of the study')
     parser.add_argument('--list', action='store_true', help='list the studies')
+    parser.add_argument(
+        '--settings',
+        nargs='+',
+        metavar='NAME',
+        help='only these, and what they are compared with',
+    )
     parser.add_argument('--config', default=str(CONFIG), help='what is trained')
     parser.add_argument('--seeds', type=int, default=5, help='seeds 0, 1, ...')
     parser.add_argument('--epochs', type=int, help="instead of the config's")
@@ -350,10 +426,13 @@ def main(argv: list[str]) -> None:
             f'--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}.'
         )
     study = load_study(args.study)
+    if args.settings:
+        study = choose(study, args.settings)
     if args.reach is not None:
         study['reach'] = args.reach
     cfg = launch.load_config(args.config)
     runs = plan(study, cfg, args, Path(args.work_dir) / 'runs')
+    check_backbones(runs)
     run_all(runs, {run.folder: write_config(run) for run in runs}, args.jobs)
 
     rows = summarize(study, runs)

@@ -41,6 +41,54 @@ def test_every_setting_makes_a_config(cfg, tmp_path):
             Config.fromstring(run.config, '.py')
 
 
+def test_studies_take_a_deeper_model(tmp_path):
+    path = ROOT / 'configs/classification/sp-deit-tiny_1xb128-200e_cifar10.py'
+    cfg = Config.fromfile(str(path))
+    runs = study.plan(study.load_study('layers'), cfg, ARGS, tmp_path)
+    study.check_backbones(runs)
+    built = {
+        run.setting: study.build_backbone(Config.fromstring(run.config, '.py'))
+        for run in runs
+    }
+    shares = ('none', '1/4', '1/2', '3/4', 'all')
+    assert [built[name].num_spsa_layers for name in shares] == [0, 3, 6, 9, 12]
+    assert {backbone.cls_token_layer for backbone in built.values()} == {10}
+
+
+def test_what_does_not_fit_ends_before_a_run_starts(tmp_path, capsys):
+    # Three heads: none for a square.
+    config = ROOT / 'configs/classification/sp-deit-tiny_1xb128-200e_cifar10.py'
+    argv = ['relative', '--config', str(config), '--work-dir', str(tmp_path)]
+    with pytest.raises(SystemExit):
+        launch.run_cli(study.main, 'study.py', argv)
+    err = capsys.readouterr().err
+    assert "Setting 'psa' does not fit" in err
+    assert '--settings' in err
+    with pytest.raises(SystemExit):
+        launch.run_cli(study.main, 'study.py', [*argv, '--settings', 'sp_sa'])
+    assert 'There are: none, sp-sa, shaw' in capsys.readouterr().err
+    config = tmp_path / 'plain.py'
+    config.write_text(
+        f"_base_ = '{study.CONFIG}'\n"
+        "model = dict(backbone=dict(_delete_=True, type='VisionTransformer'))\n"
+    )
+    argv = ['relative', '--config', str(config), '--work-dir', str(tmp_path)]
+    with pytest.raises(SystemExit):
+        launch.run_cli(study.main, 'study.py', argv)
+    assert 'is a VisionTransformer' in capsys.readouterr().err
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_chosen_settings_bring_their_baselines():
+    low_data = study.load_study('low_data')
+    assert list(study.choose(low_data, ['sp-sa 5%'])['settings']) == [
+        'none 5%',
+        'sp-sa 5%',
+    ]
+    relative = study.load_study('relative')
+    assert list(study.choose(relative, ['psa'])['settings']) == ['none', 'psa']
+
+
 def test_studies_share_a_setting(cfg, tmp_path):
     folders = [
         {run.folder for run in study.plan(study.load_study(name), cfg, ARGS, tmp_path)}
