@@ -92,15 +92,20 @@ def place_of(cfg: Config) -> Place:
     )
 
 
-def expand(overrides: dict, cfg: Config, place: Place) -> dict:
+def expand(overrides: dict, cfg: Config, place: Place, epochs: int | None) -> dict:
     """Config overrides of a setting, its shorthands written out."""
-    out = {}
+    out = {} if epochs is None else {'train_cfg.max_epochs': epochs}
     for key, value in overrides.items():
         if key == 'spsa_share':
             count = round(value * place.depth)
             if count != place.num_spsa_layers:
                 out['model.backbone.num_spsa_layers'] = count
                 out['model.backbone.cls_token_layer'] = place.cls_token_layer
+        elif key == 'times_epochs':
+            out['train_cfg.max_epochs'] = (epochs or cfg.train_cfg.max_epochs) * value
+        elif key == 'augment':
+            *pipeline, pack = cfg.train_dataloader.dataset.pipeline
+            out['train_dataloader.dataset.pipeline'] = [*pipeline, *value, pack]
         elif key == 'data_fraction':
             # As many batches an epoch as with all data. Evenly spaced samples, since a
             # folder dataset lists one class after another.
@@ -116,8 +121,10 @@ def expand(overrides: dict, cfg: Config, place: Place) -> dict:
                 times=max(1, round(1 / value)),
                 dataset=data,
             )
+        elif key.startswith(('backbone.', 'head.')):
+            out[f'model.{key}'] = value
         else:
-            out[key.replace('backbone.', 'model.backbone.', 1)] = value
+            out[key] = value
     return out
 
 
@@ -145,12 +152,10 @@ def plan(study: dict, cfg: Config, args, runs_dir: Path) -> list[Run]:
     place = place_of(cfg)
     for seed in range(args.seeds):
         for setting, overrides in study['settings'].items():
-            overrides = expand(overrides, cfg, place)
+            overrides = expand(overrides, cfg, place, args.epochs)
             overrides['randomness.seed'] = seed
             interval = args.val_interval or study.get('val_interval', 5)
             overrides['train_cfg.val_interval'] = interval
-            if args.epochs is not None:
-                overrides['train_cfg.max_epochs'] = args.epochs
             text = config_text(overrides, cfg)
             digest = hashlib.sha256(text.encode()).hexdigest()[:12]
             runs.append(Run(setting, seed, runs_dir / digest, text))
@@ -194,7 +199,12 @@ def choose(study: dict, settings: list[str]) -> dict:
             f'--settings: no setting {", ".join(unknown)}. '
             f'There are: {", ".join(study["settings"])}.'
         )
-    wanted = {*settings, *(baseline_of(name, study) for name in settings)}
+    wanted, left = set(), list(settings)
+    while left:
+        name = left.pop()
+        if name not in wanted:
+            wanted.add(name)
+            left.append(baseline_of(name, study))
     kept = {k: v for k, v in study['settings'].items() if k in wanted}
     return {**study, 'settings': kept}
 

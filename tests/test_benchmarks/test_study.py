@@ -87,6 +87,25 @@ def test_chosen_settings_bring_their_baselines():
     ]
     relative = study.load_study('relative')
     assert list(study.choose(relative, ['psa'])['settings']) == ['none', 'psa']
+    training = study.choose(study.load_study('training'), ['prior lr x3'])
+    assert list(training['settings']) == ['none', 'sp-sa', 'prior lr x3']
+
+
+def test_shorthands_of_training(cfg, tmp_path):
+    args = argparse.Namespace(seeds=1, val_interval=5, epochs=4)
+    runs = study.plan(study.load_study('training'), cfg, args, tmp_path)
+    study.check_backbones(runs)
+    configs = {run.setting: Config.fromstring(run.config, '.py') for run in runs}
+    assert configs['sp-sa, longer'].train_cfg.max_epochs == 12
+    assert configs['sp-sa'].train_cfg.max_epochs == 4
+    names = [
+        transform.type
+        for transform in configs['sp-sa, augmented'].train_dataloader.dataset.pipeline
+    ]
+    plain = [t.type for t in cfg.train_dataloader.dataset.pipeline]
+    assert names == [*plain[:-1], 'RandAugment', 'RandomErasing', plain[-1]]
+    head = configs['none, larger'].model.head
+    assert head.in_channels == configs['none, larger'].model.backbone.arch.embed_dims
 
 
 def test_studies_share_a_setting(cfg, tmp_path):
