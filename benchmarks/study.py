@@ -377,7 +377,7 @@ def draw(name: str, study: dict, rows: list[dict], runs: list[Run], path: Path) 
     names = [row['setting'] for row in rows]
     bars.bar(names, [r['mean'] for r in rows], yerr=[r['std'] for r in rows], capsize=3)
     low = min(r['mean'] - 2 * np.nan_to_num(r['std']) for r in rows)
-    bars.set_ylim(max(0, low - 1), None)
+    bars.set_ylim(max(0, low - 1), min(bars.get_ylim()[1], 101))
     bars.set_ylabel('top-1 (%), mean and deviation over seeds')
     bars.tick_params(axis='x', rotation=30)
     for setting in names:
