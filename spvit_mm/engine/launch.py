@@ -6,8 +6,8 @@ is its ``default_scope``.
 """
 
 import argparse
+import atexit
 import inspect
-import logging
 import os
 import os.path as osp
 import sys
@@ -60,7 +60,8 @@ def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == 'gloo':
         # Threads of gloo outlive the interpreter's end, which now and then makes it
         # "terminate called" with all work done; destroying the group does not help.
-        logging.shutdown()
+        # Loggers, trackers and data workers still get their own end.
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
-from mmpretrain.visualization import UniversalVisualizer
+from mmengine.utils import ManagerMixin
 
 from spvit_mm.engine import launch
 from tests.test_engine.tiny import make_data, make_images, write_config
@@ -27,8 +25,11 @@ def command(name: str, *arguments) -> None:
     spec = importlib.util.spec_from_file_location('tool', TOOLS / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # Loggers of earlier commands hold output streams that pytest has closed.
-    for manager in (MMLogger, MessageHub, DefaultScope, UniversalVisualizer):
+    # A process of one's own has none: loggers of earlier commands hold output streams
+    # that pytest has closed, and visualizers the folder of a command of this second.
+    managers = [ManagerMixin]
+    for manager in managers:
+        managers += manager.__subclasses__()
         manager._instance_dict.clear()
     launch.run_cli(module.main, Path(name).name, [str(a) for a in arguments])
 
