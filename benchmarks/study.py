@@ -191,14 +191,19 @@ def check_backbones(runs: list[Run]) -> None:
                 ) from error
 
 
-def choose(study: dict, settings: list[str]) -> dict:
-    """Only these settings of a study, and what they are compared with."""
-    unknown = [name for name in settings if name not in study['settings']]
+def check_settings(option: str, names: list[str], study: dict) -> None:
+    """A name that is no setting of the study is a UserError that lists them."""
+    unknown = [name for name in names if name not in study['settings']]
     if unknown:
         raise UserError(
-            f'--settings: no setting {", ".join(unknown)}. '
+            f'{option}: no setting {", ".join(unknown)}. '
             f'There are: {", ".join(study["settings"])}.'
         )
+
+
+def choose(study: dict, settings: list[str]) -> dict:
+    """Only these settings of a study, and what they are compared with."""
+    check_settings('--settings', settings, study)
     wanted, left = set(), list(settings)
     while left:
         name = left.pop()
@@ -410,6 +415,9 @@ def main(argv: list[str]) -> None:
         metavar='NAME',
         help='only these, and what they are compared with',
     )
+    parser.add_argument(
+        '--baseline', metavar='NAME', help="compare all with this one, not the study's"
+    )
     parser.add_argument('--config', default=str(CONFIG), help='what is trained')
     parser.add_argument('--seeds', type=int, default=5, help='seeds 0, 1, ...')
     parser.add_argument('--epochs', type=int, help="instead of the config's")
@@ -436,6 +444,9 @@ def main(argv: list[str]) -> None:
             f'--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}.'
         )
     study = load_study(args.study)
+    if args.baseline:
+        check_settings('--baseline', [args.baseline], study)
+        study = {**study, 'baseline': args.baseline, 'against': {}}
     if args.settings:
         study = choose(study, args.settings)
     if args.reach is not None:
@@ -449,7 +460,10 @@ def main(argv: list[str]) -> None:
     print(f'\n{args.study}: {study["claim"]}')
     print(f'Accuracy to get to: {study["reach"]} %\n' if 'reach' in study else '')
     print(table(rows))
-    work_dir = Path(args.work_dir) / f'{args.study}_{Path(args.config).stem}'
+    name = f'{args.study}_{Path(args.config).stem}'
+    if args.baseline:
+        name += f'_to-{args.baseline.replace("/", "-")}'
+    work_dir = Path(args.work_dir) / name
     work_dir.mkdir(exist_ok=True)
     with open(work_dir / 'results.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, rows[0])

@@ -67,6 +67,9 @@ def test_what_does_not_fit_ends_before_a_run_starts(tmp_path, capsys):
     with pytest.raises(SystemExit):
         launch.run_cli(study.main, 'study.py', [*argv, '--settings', 'sp_sa'])
     assert 'There are: none, sp-sa, shaw' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        launch.run_cli(study.main, 'study.py', [*argv, '--baseline', 'nothing'])
+    assert '--baseline: no setting nothing. There are: none' in capsys.readouterr().err
     config = tmp_path / 'plain.py'
     config.write_text(
         f"_base_ = '{study.CONFIG}'\n"
