@@ -37,7 +37,8 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, TestLoop
 
-from spvit_mm.engine import UserError, launch
+from spvit_mm.engine import launch
+from spvit_mm.utils import UserError, new_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -260,16 +261,13 @@ def main(argv):
 
 def report(args, out, metric, base, patch, cases, values):
     """Print a table for each kind of case; write them as one CSV and PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     def cell(found):
         spread = f' ± {stdev(found):.1f}' if len(found) > 1 else ''
         return f'{mean(found):.1f}{spread}'
 
     kinds = list(dict.fromkeys(kind for kind, _ in cases))
-    figure = Figure(figsize=(9 * len(kinds), 4.5), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(9 * len(kinds), 4.5)
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     tokens = base[0] * base[1] / patch**2
     for kind, axis in zip(kinds, axes, strict=True):

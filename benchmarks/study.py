@@ -32,8 +32,9 @@ from mmengine.fileio import load
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS, MODELS
 
-from spvit_mm.engine import UserError, launch
+from spvit_mm.engine import launch
 from spvit_mm.models import SPViT
+from spvit_mm.utils import UserError, new_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / 'benchmarks' / 'studies.yml'
@@ -373,11 +374,7 @@ def table(rows: list[dict]) -> str:
 
 def draw(name: str, study: dict, rows: list[dict], runs: list[Run], path: Path) -> None:
     """Bars with the standard deviation, and the learning curves."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4)
     bars, curves = figure.subplots(1, 2)
     names = [row['setting'] for row in rows]
     bars.bar(names, [r['mean'] for r in rows], yerr=[r['std'] for r in rows], capsize=3)

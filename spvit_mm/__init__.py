@@ -4,13 +4,13 @@ Importing the package registers everything: a config needs only
 ``custom_imports = dict(imports=['spvit_mm'])``.
 """
 
-from .requirements import check_requirements
+from .utils.requirements import check_requirements
 from .version import __version__
 
 check_requirements()
 
 from . import datasets, engine, models  # noqa: E402, F401
-from .hub import register_models  # noqa: E402
+from .utils.hub import register_models  # noqa: E402
 
 register_models()
 

@@ -4,7 +4,7 @@ from mmengine.fileio import load
 from mmpretrain import ImageClassificationInferencer, get_model, list_models
 from mmpretrain.apis.model import ModelHub
 
-from spvit_mm.hub import MIM_ROOT, register_models
+from spvit_mm.utils.hub import MIM_ROOT, register_models
 
 
 def metafile_models():

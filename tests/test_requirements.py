@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from spvit_mm.requirements import check_requirements
+from spvit_mm.utils.requirements import check_requirements
 
 
 def test_what_is_here_will_do():

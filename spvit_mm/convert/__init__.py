@@ -1,5 +1,6 @@
 """Checkpoints of other codebases -> ours, and back to the released names."""
 
+from ..utils import CheckpointError, UnsafeCheckpointError
 from .convert import (
     Conversion,
     Options,
@@ -7,7 +8,6 @@ from .convert import (
     convert_to_mm,
     convert_to_released,
 )
-from .errors import CheckpointError, UnsafeCheckpointError
 from .safe_load import load_checkpoint_safely
 
 __all__ = [

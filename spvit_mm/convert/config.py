@@ -3,7 +3,7 @@
 from mmpretrain.registry import MODELS
 
 from ..models import SPViT
-from .errors import CheckpointError
+from ..utils import CheckpointError
 
 SKELETONS = {
     (384, 16): 'spvit-small',

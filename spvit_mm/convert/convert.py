@@ -10,9 +10,9 @@ from typing import Optional
 import torch
 from mmengine.logging import MMLogger
 
+from ..utils import CheckpointError
 from ..version import __version__
 from . import config
-from .errors import CheckpointError
 from .safe_load import Record, load_checkpoint_safely
 from .state import (
     add_neutral_priors,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import _utils as torch_utils
 
-from .errors import CheckpointError, UnsafeCheckpointError
+from ..utils import CheckpointError, UnsafeCheckpointError
 
 # The first bytes of what torch.save writes: a zip archive, or (before PyTorch
 # 1.6) the pickled magic number.

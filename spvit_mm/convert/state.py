@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from ..models import MLPSpatialPrior
+from ..utils import CheckpointError
 from . import names
-from .errors import CheckpointError
 from .structure import infer_structure
 
 WEIGHTS = ('auto', 'ema', 'plain')

@@ -6,8 +6,8 @@ from typing import Optional
 
 import torch
 
+from ..utils import CheckpointError
 from . import names
-from .errors import CheckpointError
 
 SOURCES = ('spvit', 'lvvit', 'deit', 'timm')
 

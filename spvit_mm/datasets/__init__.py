@@ -7,7 +7,7 @@ from .token_label_transforms import (
     TokenLabelRandomFlip,
     TokenLabelRandomResizedCrop,
 )
-from .token_labels import LabelMapError, TokenLabelDataset
+from .token_labels import TokenLabelDataset
 
 try:
     from mmseg.registry import DATASETS as SEG_DATASETS
@@ -25,7 +25,6 @@ else:
 __all__ = [
     'CustomSubsetDataset',
     'Digits',
-    'LabelMapError',
     'PackTokenLabelInputs',
     'TokenLabelDataset',
     'TokenLabelRandomFlip',

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import os.path as osp
-import tempfile
 
 import numpy as np
 import torch
@@ -13,9 +12,9 @@ from mmengine.utils import ProgressBar
 from mmpretrain.datasets import CustomDataset
 from torch.utils.data import DataLoader, Subset
 
+from ..utils import LabelMapError, new_figure, whole_file
 from .token_labels import (
     INFO_FILE,
-    LabelMapError,
     find_label_maps,
     label_map_dtype,
     label_map_names,
@@ -244,13 +243,8 @@ def _open_label_root(label_root, settings):
             f'{label_root} holds .pt files, but no {INFO_FILE} that says how they were '
             'made. Give a new folder, so that they are neither mixed nor lost.'
         )
-    os.makedirs(label_root, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        'w', dir=label_root, suffix='.tmp', delete=False, encoding='utf-8'
-    ) as file:
+    with whole_file(path) as partial, open(partial, 'w', encoding='utf-8') as file:
         json.dump(settings, file, indent=1)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def _unfinished(names, label_root, num_classes):
@@ -277,12 +271,9 @@ def draw_preview(image_paths, map_paths, path, classes=None):
         path (str): The PNG to write.
         classes (Sequence[str], optional): Names of the classes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from PIL import Image
 
-    figure = Figure(figsize=(8, 2.6 * len(image_paths)), layout='constrained')
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 2.6 * len(image_paths))
     axes = figure.subplots(len(image_paths), 3, squeeze=False)
     for row, image_path, map_path in zip(axes, image_paths, map_paths, strict=True):
         image = Image.open(image_path).convert('RGB')

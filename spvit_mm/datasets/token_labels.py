@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import os.path as osp
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,6 +25,7 @@ from mmpretrain.datasets.transforms import (
 )
 from mmpretrain.registry import DATASETS
 
+from ..utils import LabelMapError, whole_file
 from .token_label_transforms import RecordsView
 
 # Half precision counts exactly up to here.
@@ -35,10 +35,6 @@ INFO_FILE = 'token_labels.json'
 # A map that says nothing but the image's label: softmax gives it all.
 CERTAIN = 1e4
 MAX_LISTED = 10
-
-
-class LabelMapError(ValueError):
-    """A label map that is missing, broken, or does not fit the data set."""
 
 
 def label_map_dtype(num_classes):
@@ -126,25 +122,10 @@ def write_label_map(path, label_map, num_classes):
     reason = _find_fault(label_map, num_classes)
     if reason:
         raise LabelMapError(f'{path} is not written: {reason}')
-    folder = osp.dirname(osp.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix='.tmp', dir=folder)
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            torch.save(label_map, file)
-        if not torch.equal(read_label_map(temporary, num_classes), label_map):
+    with whole_file(path) as partial:
+        torch.save(label_map, partial)
+        if not torch.equal(read_label_map(partial, num_classes), label_map):
             raise LabelMapError(f'{path}: what was read back is not what was written')
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        if osp.exists(temporary):
-            os.remove(temporary)
-
-
-def _umask():
-    value = os.umask(0)
-    os.umask(value)
-    return value
 
 
 def label_map_names(image_paths, image_root):

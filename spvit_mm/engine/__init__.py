@@ -1,6 +1,6 @@
+from ..utils import CorruptImageError, UserError
 from .complexity import attention_flops, register_flop_counter
 from .data_checks import check_dataset, guard_images
-from .errors import CorruptImageError, UserError
 from .hooks import (
     AtomicCheckpointHook,
     ClsVisualizationHook,

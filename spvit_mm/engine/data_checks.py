@@ -15,7 +15,7 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine.logging import print_log
 from mmpretrain.models.backbones import VisionTransformer
 
-from .errors import CorruptImageError, UserError, describe_error
+from ..utils import CorruptImageError, UserError, describe_error
 
 MAX_LABELS = 20000
 MAX_FILES = 20000

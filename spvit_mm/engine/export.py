@@ -16,7 +16,7 @@ from mmengine.utils import digit_version
 from torch import Tensor, nn
 
 from ..models import SPViT
-from .errors import UserError
+from ..utils import UserError
 
 # Exporters that trace with torch.export, where the batch can be a symbol.
 HAS_EXPORT = digit_version(torch.__version__) >= digit_version('2.5')

@@ -28,8 +28,8 @@ from mmengine.registry import HOOKS, MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmpretrain.engine import VisualizationHook
 
+from ..utils import CorruptImageError, UserError, describe_error
 from .data_checks import building_data
-from .errors import CorruptImageError, UserError, describe_error
 from .hooks.load_report import load_whole_checkpoint
 
 TRACEBACK = 'SPVIT_MM_TRACEBACK'

@@ -10,8 +10,8 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
 from PIL import Image, UnidentifiedImageError
 
+from ..utils import UserError
 from . import launch
-from .errors import UserError
 
 
 def load_model(config: str, checkpoint: str):

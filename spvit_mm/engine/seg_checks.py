@@ -7,8 +7,8 @@ import numpy as np
 from mmcv.transforms import LoadAnnotations
 from mmengine.utils import to_2tuple
 
+from ..utils import CorruptImageError, UserError
 from .data_checks import _leaves, describe_folder
-from .errors import CorruptImageError, UserError
 
 
 class GuardedAnnotations:

@@ -8,7 +8,6 @@ from .binarize import (
     keep_offsets,
     offset_mass,
 )
-from .figures import figure_to_image
 from .prior_maps import (
     PriorMap,
     animate_priors,
@@ -53,7 +52,6 @@ __all__ = [
     'draw_priors',
     'draw_strip',
     'draw_query_attention',
-    'figure_to_image',
     'format_focus',
     'head_focus',
     'query_attention',

@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
-from .figures import new_figure
+from ..utils import new_figure
 from .recording import layer_name, record_attention
 
 

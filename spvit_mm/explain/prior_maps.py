@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..models import SpatialPrior
-from .figures import figure_to_image, new_figure
+from ..utils import figure_to_image, new_figure
 
 
 class PriorMap(NamedTuple):

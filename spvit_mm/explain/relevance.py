@@ -260,7 +260,7 @@ def draw_relevance(pictures, columns, captions=None):
     Returns:
         matplotlib.figure.Figure: The figure.
     """
-    from .figures import new_figure
+    from ..utils import new_figure
 
     rows = len(pictures)
     figure = new_figure(2.0 * (len(columns) + 1), 2.15 * rows + 0.4)

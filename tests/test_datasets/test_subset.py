@@ -9,7 +9,7 @@ from mmpretrain.registry import DATASETS
 from PIL import Image
 
 from spvit_mm.engine.data_checks import building_data
-from spvit_mm.engine.errors import UserError
+from spvit_mm.utils import UserError
 
 CONFIG = 'configs/classification/sp-deit-tiny_4xb256_in100.py'
 ROOT = Path(__file__).parents[2]

@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 
 import spvit_mm  # noqa: F401
 from spvit_mm.datasets.token_labels import (
-    LabelMapError,
     label_map_dtype,
     read_label_map,
     write_label_map,
 )
 from spvit_mm.models.heads import crop_label_maps
+from spvit_mm.utils import LabelMapError
 
 
 def a_map(num_classes=3, hw=(4, 6), top_k=2, seed=0):

@@ -10,7 +10,7 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 
 from spvit_mm.engine import UserError, export, launch
-from spvit_mm.engine.files import whole_file
+from spvit_mm.utils import whole_file
 
 from .test_train_test import command, fails
 

@@ -13,11 +13,10 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
 
 from spvit_mm.engine import UserError, launch
-from spvit_mm.engine.files import prepare_picture
 from spvit_mm.engine.samples import load_model
 from spvit_mm.explain import BinarizedAttention, binarize, offset_mass
 from spvit_mm.explain.binarize import CRITERIA
-from spvit_mm.explain.figures import new_figure
+from spvit_mm.utils import new_figure, prepare_picture
 
 
 def main(argv: list) -> None:

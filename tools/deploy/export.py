@@ -8,7 +8,7 @@ it gets its name.
 import torch
 
 from spvit_mm.engine import UserError, export, launch
-from spvit_mm.engine.files import check_new_file, whole_file
+from spvit_mm.utils import check_new_file, whole_file
 
 TOLERANCE = 1e-4
 

@@ -7,7 +7,7 @@ Gives the same outputs and computes no prior any more.
 import torch
 
 from spvit_mm.engine import UserError, launch
-from spvit_mm.engine.files import check_new_file, whole_file
+from spvit_mm.utils import check_new_file, whole_file
 
 
 def main(argv: list) -> None:

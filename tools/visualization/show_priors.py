@@ -6,7 +6,6 @@ an animation where --out ends in .gif."""
 import os.path as osp
 
 from spvit_mm.engine import UserError, launch
-from spvit_mm.engine.files import prepare_picture
 from spvit_mm.engine.samples import load_model
 from spvit_mm.explain import (
     animate_priors,
@@ -19,6 +18,7 @@ from spvit_mm.explain import (
     write_focus,
     write_gif,
 )
+from spvit_mm.utils import prepare_picture
 
 
 def main(argv: list) -> None:

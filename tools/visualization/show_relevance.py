@@ -8,7 +8,6 @@ import os.path as osp
 import torch
 
 from spvit_mm.engine import UserError, launch
-from spvit_mm.engine.files import prepare_picture
 from spvit_mm.engine.samples import load_model, load_samples
 from spvit_mm.explain import (
     RELEVANCE_METHODS,
@@ -17,6 +16,7 @@ from spvit_mm.explain import (
     perturbation_test,
     relevance_maps,
 )
+from spvit_mm.utils import prepare_picture
 
 
 def main(argv: list) -> None:

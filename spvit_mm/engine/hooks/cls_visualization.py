@@ -2,10 +2,11 @@ import os.path as osp
 from collections.abc import Sequence
 
 from mmengine.fileio import join_path
-from mmengine.model import is_model_wrapper
 from mmpretrain.engine import VisualizationHook
 from mmpretrain.registry import HOOKS
 from mmpretrain.structures import DataSample
+
+from ...utils import unwrap_model
 
 
 @HOOKS.register_module()
@@ -37,9 +38,7 @@ class ClsVisualizationHook(VisualizationHook):
         self._start(runner)
 
     def _start(self, runner) -> None:
-        model = runner.model
-        while is_model_wrapper(model):
-            model = model.module
+        model = unwrap_model(runner.model)
         self._is_bgr = getattr(model.data_preprocessor, 'to_rgb', False)
         self._seen = 0
         self._names = set()

@@ -1,8 +1,8 @@
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop
 from mmpretrain.registry import HOOKS
 
+from ...utils import unwrap_model
 from ..data_checks import (
     check_dataset,
     check_normalization,
@@ -40,9 +40,7 @@ class DataCheckHook(Hook):
         self._reported = 0
 
     def before_run(self, runner) -> None:
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
+        model = unwrap_model(runner.model)
         check_widths(model)
         check_normalization(model)
         num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)

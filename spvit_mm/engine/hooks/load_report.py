@@ -2,11 +2,10 @@ from dataclasses import dataclass, field
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from mmpretrain.registry import HOOKS
 
-from ..errors import UserError
+from ...utils import UserError, unwrap_model
 
 SHOWN = 10
 
@@ -61,12 +60,6 @@ class LoadReport:
                 f'{_listed(self.unexpected)}.'
             )
         return ' '.join(text)
-
-
-def _unwrap(model):
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
 
 
 class _Watch:
@@ -166,7 +159,7 @@ class LoadReportHook(Hook):
         self._stop()
         state_dict = checkpoint.get('state_dict', checkpoint)
         self._watch = _Watch(
-            _unwrap(runner.model),
+            unwrap_model(runner.model),
             {name.removeprefix('module.'): v for name, v in state_dict.items()},
             lambda report: self._judge(runner, report),
         )

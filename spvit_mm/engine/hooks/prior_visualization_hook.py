@@ -2,18 +2,11 @@ from typing import Optional
 
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmpretrain.registry import HOOKS
 
-from ...explain import collect_priors, draw_priors, figure_to_image, head_focus
+from ...explain import collect_priors, draw_priors, head_focus
 from ...models import SpatialPrior
-
-
-def unwrap(model):
-    """The model itself, where training wraps it."""
-    while is_model_wrapper(model):
-        model = model.module
-    return model
+from ...utils import figure_to_image, unwrap_model
 
 
 @HOOKS.register_module()
@@ -66,7 +59,7 @@ class PriorVisualizationHook(Hook):
 
     def before_train(self, runner) -> None:
         """Log the start, which also tells at once if there is nothing to log."""
-        model = unwrap(runner.model)
+        model = unwrap_model(runner.model)
         self.active = any(isinstance(m, SpatialPrior) for m in model.modules())
         if self.active:
             self.log(runner, runner.epoch if self.by_epoch else runner.iter)
@@ -95,7 +88,7 @@ class PriorVisualizationHook(Hook):
 
     @master_only
     def log(self, runner, step: int) -> None:
-        maps = collect_priors(unwrap(runner.model), self.grid)
+        maps = collect_priors(unwrap_model(runner.model), self.grid)
         if self.images:
             unit = 'epochs' if self.by_epoch else 'iterations'
             figure = draw_priors(maps, f'after {step} {unit}')

@@ -1,8 +1,8 @@
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop
 from mmpretrain.registry import HOOKS
 
+from ...utils import unwrap_model
 from ..seg_checks import check_crops, check_seg_dataset
 
 
@@ -17,9 +17,7 @@ class SegDataCheckHook(Hook):
     """
 
     def before_run(self, runner) -> None:
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
+        model = unwrap_model(runner.model)
         num_classes = getattr(getattr(model, 'decode_head', None), 'num_classes', None)
         loops = {
             'training': runner._train_loop,

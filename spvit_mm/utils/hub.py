@@ -9,7 +9,7 @@ from pathlib import Path
 from mmengine.fileio import load
 
 # The package's own tree: links in a source checkout, files in a wheel.
-MIM_ROOT = Path(__file__).parent / '.mim'
+MIM_ROOT = Path(__file__).parents[1] / '.mim'
 # The hub builds in mmpretrain's scope, where a segmentor is not found.
 NOT_FOR_THE_HUB = 'configs/segmentation/'
 

@@ -1,3 +1,6 @@
+"""The mistakes of users, with one root."""
+
+
 class UserError(ValueError):
     """A mistake that the user can mend, told in words for the user.
 
@@ -7,6 +10,18 @@ class UserError(ValueError):
 
 class CorruptImageError(UserError):
     """An image file that cannot be read."""
+
+
+class CheckpointError(UserError):
+    """A file or its content is no checkpoint that can be used."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A file holds objects whose loading could run code."""
+
+
+class LabelMapError(UserError):
+    """A label map of token labeling that is missing, broken or of other classes."""
 
 
 def describe_error(error: Exception) -> str:

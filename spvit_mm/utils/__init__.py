@@ -1,0 +1,28 @@
+"""What every other part may use: errors for users, files, figures, the ModelHub."""
+
+from .errors import (
+    CheckpointError,
+    CorruptImageError,
+    LabelMapError,
+    UnsafeCheckpointError,
+    UserError,
+    describe_error,
+)
+from .figures import figure_to_image, new_figure
+from .files import check_new_file, prepare_picture, whole_file
+from .modules import unwrap_model
+
+__all__ = [
+    'CheckpointError',
+    'CorruptImageError',
+    'LabelMapError',
+    'UnsafeCheckpointError',
+    'UserError',
+    'check_new_file',
+    'describe_error',
+    'figure_to_image',
+    'new_figure',
+    'prepare_picture',
+    'unwrap_model',
+    'whole_file',
+]
