@@ -6,12 +6,14 @@ from .embed import PEG, ConvStem
 from .heads import TokenLabelClsHead
 from .priors import (
     ConstantSpatialPrior,
+    LinearSpatialPrior,
     MLPSpatialPrior,
     SpatialPrior,
+    TableSpatialPrior,
+    WindowSpatialPrior,
     relative_offsets,
 )
-from .relations import LinearSpatialPrior, TableSpatialPrior, WindowSpatialPrior
-from .relative_attention import GatedPositionalAttention, RelativePositionAttention
+from .relative import GatedPositionalAttention, RelativePositionAttention
 from .spvit import SPViT
 
 __all__ = [

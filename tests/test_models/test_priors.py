@@ -155,6 +155,18 @@ def test_copies_and_pickles():
         assert torch.equal(clone((4, 2)), prior((4, 2)))
 
 
+def test_a_relation_that_writes_to_its_offsets_harms_no_other():
+    class Distance(SpatialPrior):
+        def relation(self, offsets):
+            return offsets.abs_().sum(-1).expand(self.num_heads, -1)
+
+    clean = random_prior()
+    before = clean((3, 4))
+    Distance(2)((3, 4))
+    assert torch.equal(clean((3, 4)), before)
+    assert relative_offsets((3, 4)).min() == -3
+
+
 def test_own_relation_in_a_few_lines():
     class Distance(SpatialPrior):
         def __init__(self, num_heads, **kwargs):

@@ -16,7 +16,7 @@ from spvit_mm.models import (
     TableSpatialPrior,
     WindowSpatialPrior,
 )
-from spvit_mm.models.relations import resize_table
+from spvit_mm.models.priors.simple import resize_table
 
 GRIDS = [(1, 1), (1, 5), (4, 1), (3, 3), (2, 5), (4, 3)]
 HEADS = 3

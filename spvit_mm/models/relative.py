@@ -15,8 +15,9 @@ from mmpretrain.registry import MODELS
 from ..ops import expand_prior
 from ..ops.compat import compute_dtype
 from .attention import GridAttention
+from .checks import check_choice
 from .priors import relative_offsets
-from .relations import check_grid, fit_table, resize_table, table_size
+from .priors.simple import check_grid, fit_table, resize_table, table_size
 
 
 @MODELS.register_module()
@@ -66,8 +67,7 @@ class GatedPositionalAttention(GridAttention):
         **kwargs,
     ):
         super().__init__(embed_dims, num_heads, **kwargs)
-        if init not in self.INITS:
-            raise ValueError(f'`init` must be one of {self.INITS}, got {init!r}.')
+        check_choice('init', init, self.INITS)
         if init == 'local' and math.isqrt(num_heads) ** 2 != num_heads:
             raise ValueError(
                 "`init='local'` sets the heads on a square around the query, so "
@@ -196,10 +196,8 @@ class RelativePositionAttention(GridAttention):
     ):
         super().__init__(embed_dims, num_heads, grid=grid, **kwargs)
         check_grid(grid, type(self).__name__)
-        if mode not in self.MODES:
-            raise ValueError(f'`mode` must be one of {self.MODES}, got {mode!r}.')
-        if coords not in self.COORDS:
-            raise ValueError(f'`coords` must be one of {self.COORDS}, got {coords!r}.')
+        check_choice('mode', mode, self.MODES)
+        check_choice('coords', coords, self.COORDS)
         self.mode = mode
         self.coords = coords
         channels = (self.head_dims,) if mode == 'embedding' else ()

@@ -7,8 +7,9 @@ import torch
 import torch.nn as nn
 from mmpretrain.registry import MODELS
 
-from ..ops.compat import compute_dtype
-from .priors import SpatialPrior, place_offsets, relative_offsets
+from ...ops.compat import compute_dtype
+from ..checks import check_choice
+from .base import SpatialPrior, place_offsets, relative_offsets
 
 
 @MODELS.register_module()
@@ -135,8 +136,7 @@ class WindowSpatialPrior(SpatialPrior):
         **kwargs,
     ):
         super().__init__(num_heads, **kwargs)
-        if shape not in self.SHAPES:
-            raise ValueError(f'`shape` must be one of {self.SHAPES}, got {shape!r}.')
+        check_choice('shape', shape, self.SHAPES)
         if isinstance(window, (int, float)):
             window = (window, window)
         size = self._per_head(window, 'window')

@@ -1,0 +1,195 @@
+"""Spatial relation functions: relative patch coordinates -> 2D spatial priors.
+
+Paper: "SP-ViT: Learning 2D Spatial Priors for Vision Transformers", BMVC 2022,
+https://arxiv.org/abs/2206.07662
+
+A prior is a function of the offset between two patches alone. On a grid of
+H x W patches there are (2H-1)(2W-1) distinct offsets, so a prior is a table of
+that size per head; the N x N prior of the paper is that table read N times.
+"""
+
+from functools import lru_cache
+
+import torch
+from mmengine.model import BaseModule
+
+from ...ops import expand_prior
+from ...ops.compat import is_compiling
+from ..checks import check_choice, check_int
+
+
+def _make_offsets(hw, device):
+    height, width = hw
+    dy = torch.arange(1 - height, height, dtype=torch.float32, device=device)
+    dx = torch.arange(1 - width, width, dtype=torch.float32, device=device)
+    dy, dx = torch.meshgrid(dy, dx, indexing='ij')
+    return torch.stack((dx, dy), dim=-1)
+
+
+@lru_cache(maxsize=64)
+def _cached_offsets(hw, device):
+    # A tensor born in inference mode could not be saved for a later backward.
+    with torch.inference_mode(False):
+        return _make_offsets(hw, device)
+
+
+def relative_offsets(hw, device='cpu'):
+    """All distinct relative coordinates of a grid, in patch units.
+
+    Args:
+        hw (Tuple[int, int]): The grid (H, W).
+        device (torch.device | str): Where the result lives.
+
+    Returns:
+        Tensor: (2H-1, 2W-1, 2), float32. Entry [i, j] is the offset
+        r = (x_key - x_query, y_key - y_query) = (j - (W-1), i - (H-1)),
+        positive to the right and downwards.
+
+    Raises:
+        ValueError: If H or W is smaller than 1.
+    """
+    height, width = hw
+    if height < 1 or width < 1:
+        raise ValueError(f'`hw` must be a grid of at least 1 x 1 patches, got {hw}.')
+    if is_compiling():
+        # A compiled graph folds them itself, and must hold no tensor of ours.
+        return _make_offsets((height, width), device)
+    # A copy: whoever writes to it changes no other prior of this grid.
+    return _cached_offsets((int(height), int(width)), torch.device(device)).clone()
+
+
+def place_offsets(offsets, hw, train_grid, coords):
+    """What a spatial relation sees of the offsets of a grid.
+
+    Args:
+        offsets (Tensor): (.., 2), relative coordinates (x, y) in patches.
+        hw (Tuple[int, int]): The grid (H, W) that they belong to.
+        train_grid (Tensor): The grid (H, W) of the training.
+        coords (str): 'raw', 'scaled' or 'clamped', see :class:`SpatialPrior`.
+
+    Returns:
+        Tensor: (.., 2).
+    """
+    if coords == 'raw':
+        return offsets
+    # x belongs to the width, so the grid is read in reverse order.
+    train_grid = train_grid.flip(0).to(offsets)
+    if coords == 'scaled':
+        return offsets * (train_grid / offsets.new_tensor((hw[1], hw[0])))
+    far = train_grid - 1
+    return torch.maximum(torch.minimum(offsets, far), -far)
+
+
+class SpatialPrior(BaseModule):
+    """Base class of the spatial relation functions.
+
+    A subclass writes :meth:`relation`, the function of the offset, and is a
+    complete prior for every grid. Its values are computed in float32 (float64
+    in a float64 model), also under mixed precision.
+
+    Args:
+        num_heads (int): Number of priors: one per attention head, or 1 for
+            one that all heads share.
+        grid (Tuple[int, int], optional): The grid of patches at training, in
+            (H, W). SPViT passes its own. Defaults to None.
+        coords (str): What a relation sees on a grid other than the one of its
+            training:
+
+            - ``'raw'``: offsets in patches, as in the released models.
+            - ``'scaled'``: offsets times training grid / grid, so that an
+              image's border stays where it was.
+            - ``'clamped'``: offsets in patches, none further than those of
+              the training grid.
+
+            On the training grid the three are the same. For the last two the
+            training grid is a buffer, and so is remembered in a checkpoint.
+            Defaults to 'raw'.
+        init_cfg (dict, optional): Initialization config. Defaults to None.
+    """
+
+    COORDS = ('raw', 'scaled', 'clamped')
+
+    def __init__(self, num_heads, grid=None, coords='raw', init_cfg=None):
+        super().__init__(init_cfg=init_cfg)
+        num_heads = check_int('num_heads', num_heads, 1)
+        check_choice('coords', coords, self.COORDS)
+        if coords != 'raw' and grid is None:
+            raise ValueError(
+                f'`coords={coords!r}` needs `grid`, the (H, W) of the training grid.'
+            )
+        self.num_heads = num_heads
+        self.grid = None if grid is None else tuple(grid)
+        self.coords = coords
+        if coords != 'raw':
+            self.register_buffer('train_grid', torch.tensor(self.grid))
+
+    def relation(self, offsets):
+        """The spatial relation function f.
+
+        Args:
+            offsets (Tensor): (M, 2), relative coordinates (x, y) in patches.
+
+        Returns:
+            Tensor: (num_heads, M), the prior of each head at each offset.
+        """
+        raise NotImplementedError
+
+    def _anchor(self):
+        """A tensor that tells device and dtype; None if there is nothing."""
+        for tensor in self.parameters():
+            return tensor
+        for tensor in self.buffers():
+            return tensor
+        return None
+
+    def _place(self, offsets, hw):
+        """Apply the rule of ``coords`` to raw offsets (.., 2) of a grid."""
+        train_grid = None if self.coords == 'raw' else self.train_grid
+        return place_offsets(offsets, hw, train_grid, self.coords)
+
+    def forward(self, hw, device=None):
+        """Evaluate the prior on the distinct offsets of a grid.
+
+        Args:
+            hw (Tuple[int, int]): The grid (H, W), each at least 1.
+            device (torch.device, optional): Where to compute, for a prior
+                without parameters. Defaults to the parameters' device.
+
+        Returns:
+            Tensor: The table (num_heads, 2H-1, 2W-1); entry
+            [h, dy + H-1, dx + W-1] is f_h((dx, dy)).
+        """
+        anchor, dtype = self._anchor(), torch.float32
+        if anchor is not None:
+            device = anchor.device
+            if anchor.dtype == torch.float64:
+                dtype = torch.float64
+        offsets = relative_offsets(hw, device or 'cpu').to(dtype)
+        device_type = offsets.device.type
+        # autocast knows no meta device, on which large models are built.
+        device_type = 'cpu' if device_type == 'meta' else device_type
+        with torch.autocast(device_type, enabled=False):
+            values = self.relation(self._place(offsets, hw).flatten(0, 1))
+        return values.reshape(self.num_heads, 2 * hw[0] - 1, 2 * hw[1] - 1)
+
+    def expand(self, hw):
+        """The prior of every pair of patches, Omega of the paper.
+
+        Returns:
+            Tensor: (num_heads, N, N) with N = H * W in row-major order; entry
+            [h, i, j] belongs to query i and key j.
+        """
+        return expand_prior(self(hw), hw)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + 'omega' in state_dict:
+            raise ValueError(
+                f'The checkpoint is in deploy form: it holds the values of the prior '
+                f'{prefix.rstrip(".")!r} on one grid and no parameters. Build the '
+                'model with deploy=True (`model.backbone.deploy=True` in a config), '
+                'or load the checkpoint that it was made from.'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self):
+        return f'num_heads={self.num_heads}, coords={self.coords!r}'
