@@ -1,12 +1,81 @@
 """The convolution stem of LV-ViT and the positional encoding generator of CPVT."""
 
+from collections import OrderedDict
+
 import torch
 import torch.nn as nn
-from mmcv.cnn import ConvModule, build_conv_layer
-from mmcv.cnn.bricks.transformer import AdaptivePadding
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.transformer import AdaptivePadding, PatchEmbed
 from mmengine.model import BaseModule
 from mmengine.utils import to_2tuple
 from mmpretrain.registry import MODELS
+
+from .builder import build_child
+
+
+def build_stem(
+    stem, in_channels, embed_dims, img_size, patch_size, bias=True, patch_cfg=dict()
+):
+    """The module that cuts an image into tokens.
+
+    Args:
+        stem (str | dict): 'patch' (mmcv's PatchEmbed), 'conv' (:class:`ConvStem`) or
+            the config of a stem.
+        in_channels (int): Channels of the image.
+        embed_dims (int): Width of the tokens.
+        img_size (int | Tuple[int, int]): Image size (h, w) at training, in pixels.
+        patch_size (int | Tuple[int, int]): Patch size in pixels.
+        bias (bool): Whether PatchEmbed has one. Defaults to True.
+        patch_cfg (dict): More arguments of the stem, which win.
+
+    Returns:
+        nn.Module: Called with images (B, in_channels, h, w), it returns the tokens
+        (B, H * W, embed_dims) and their grid (H, W); ``init_out_size`` is the grid at
+        training.
+
+    Raises:
+        ValueError: If ``stem`` is none of these.
+    """
+    if stem == 'patch':
+        cfg = dict(
+            in_channels=in_channels,
+            input_size=img_size,
+            embed_dims=embed_dims,
+            conv_type='Conv2d',
+            kernel_size=patch_size,
+            stride=patch_size,
+            bias=bias,
+        )
+        return PatchEmbed(**{**cfg, **patch_cfg})
+    if stem == 'conv':
+        stem = dict(type='ConvStem')
+    if not isinstance(stem, dict):
+        raise ValueError(
+            f"`stem` must be 'patch', 'conv' or the config of a ConvStem, got {stem!r}."
+        )
+    return build_child(
+        {**stem, **patch_cfg},
+        'stem',
+        in_channels=in_channels,
+        embed_dims=embed_dims,
+        patch_size=patch_size,
+        input_size=img_size,
+    )
+
+
+def conv_block(in_channels, out_channels, kernel_size, stride, norm_cfg):
+    """Convolution without bias, norm and ReLU, under the names of mmcv's ConvModule.
+
+    ConvModule starts its convolution with Kaiming; the released stem starts as
+    torch's nn.Conv2d does.
+    """
+    conv = nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False
+    )
+    name, norm = build_norm_layer(norm_cfg, out_channels)
+    return nn.Sequential(
+        OrderedDict([('conv', conv), (name, norm), ('activate', nn.ReLU(inplace=True))])
+    )
 
 
 @MODELS.register_module()
@@ -51,16 +120,11 @@ class ConvStem(BaseModule):
             )
         self.embed_dims = embed_dims
         self.padding = AdaptivePadding(patch_size, patch_size, padding='corner')
-        common = dict(norm_cfg=norm_cfg, bias=False)
-        self.conv1 = ConvModule(
-            in_channels, stem_channels, 7, stride=2, padding=3, **common
-        )
-        self.conv2 = ConvModule(stem_channels, stem_channels, 3, padding=1, **common)
-        self.conv3 = ConvModule(stem_channels, stem_channels, 3, padding=1, **common)
+        self.conv1 = conv_block(in_channels, stem_channels, 7, 2, norm_cfg)
+        self.conv2 = conv_block(stem_channels, stem_channels, 3, 1, norm_cfg)
+        self.conv3 = conv_block(stem_channels, stem_channels, 3, 1, norm_cfg)
         half = (patch_size[0] // 2, patch_size[1] // 2)
-        self.projection = build_conv_layer(
-            None, stem_channels, embed_dims, kernel_size=half, stride=half
-        )
+        self.projection = nn.Conv2d(stem_channels, embed_dims, half, stride=half)
         self.init_input_size = to_2tuple(input_size)
         self.init_out_size = tuple(
             -(-side // patch)
@@ -103,10 +167,7 @@ class PEG(BaseModule):
         # (B, N, C) -> (B, C, H, W), a view that is channels-last in memory
         image = grid.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         position = self.proj(image).flatten(2).transpose(1, 2)
-        if torch.is_grad_enabled() or position.dtype != grid.dtype:
-            grid = grid + position
-        else:
-            grid = position.add_(grid)  # nobody else holds it
+        grid = grid + position
         if not num_extra_tokens:
             return grid
         return torch.cat((x[:, :num_extra_tokens], grid), dim=1)
