@@ -6,6 +6,7 @@ from mmpretrain.registry import MODELS
 
 from ..ops import spatial_prior_attention
 from .builder import build_child
+from .checks import check_heads
 
 
 class GridAttention(MultiheadAttention):
@@ -194,12 +195,3 @@ class SpatialPriorAttention(GridAttention):
             attn_impl=self.attn_impl,
         )
         return self.merge_heads(out, v)
-
-
-def check_heads(embed_dims, num_heads):
-    """Raise a ValueError unless the heads divide the embedding."""
-    if num_heads < 1 or embed_dims % num_heads:
-        raise ValueError(
-            f'`embed_dims` must be divisible by `num_heads`, got '
-            f'embed_dims={embed_dims} and num_heads={num_heads}.'
-        )

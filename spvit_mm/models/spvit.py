@@ -7,107 +7,20 @@ import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import ModuleList
-from mmengine.utils import to_2tuple
+from mmengine.model.weight_init import trunc_normal_
 from mmpretrain.models.backbones import VisionTransformer
-from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
-from mmpretrain.models.utils import resize_pos_embed
+from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
 from mmpretrain.registry import MODELS
 from torch.utils.checkpoint import checkpoint
 
-from .attention import SpatialPriorAttention, check_heads
+from .attention import SpatialPriorAttention
 from .builder import build_child, resolve_type
-from .embed import PEG
-from .priors import ConstantSpatialPrior, SpatialPrior
-
-
-def is_int(value):
-    """Whether it is a whole number; True and False are taken for a mistake."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-class SPViTLayer(TransformerEncoderLayer):
-    """One encoder layer of SP-ViT.
-
-    mmpretrain's layer, where the attention may be one that knows the grid, the
-    residual branches may be divided by LV-ViT's skip scale s, and a PEG may
-    follow:
-
-        x = x + attn(norm1(x)) / s
-        x = x + ffn(norm2(x)) / s
-        x = PEG(x)
-
-    Args:
-        embed_dims (int): The feature dimension.
-        num_heads (int): Parallel attention heads.
-        feedforward_channels (int): The hidden dimension of the FFN.
-        attn_cfg (dict, optional): Config of an attention that takes the grid,
-            as :class:`SpatialPriorAttention`. None for vanilla attention.
-        skip_scale (float): Divisor s of the branches. Defaults to 1.
-        with_peg (bool): Whether a PEG follows. Defaults to False.
-        num_extra_tokens (int): Extra tokens in front of the patches here.
-            Defaults to 0.
-        grid (Tuple[int, int], optional): The grid at training.
-        **kwargs: The other arguments of mmpretrain's TransformerEncoderLayer.
-    """
-
-    def __init__(
-        self,
-        embed_dims,
-        num_heads,
-        feedforward_channels,
-        attn_cfg=None,
-        skip_scale=1.0,
-        with_peg=False,
-        num_extra_tokens=0,
-        grid=None,
-        layer_scale_init_value=0.0,
-        drop_rate=0.0,
-        attn_drop_rate=0.0,
-        drop_path_rate=0.0,
-        qkv_bias=True,
-        **kwargs,
-    ):
-        super().__init__(
-            embed_dims,
-            num_heads,
-            feedforward_channels,
-            layer_scale_init_value=layer_scale_init_value,
-            drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-            qkv_bias=qkv_bias,
-            **kwargs,
-        )
-        # The residual sums are made here, where they can be scaled.
-        self.ffn.add_identity = False
-        self.branch_scale = 1.0 / skip_scale
-        self.takes_grid = attn_cfg is not None
-        if self.takes_grid:
-            self.attn = build_child(
-                attn_cfg,
-                'attn_cfg',
-                embed_dims=embed_dims,
-                num_heads=num_heads,
-                attn_drop=attn_drop_rate,
-                proj_drop=drop_rate,
-                dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
-                qkv_bias=qkv_bias,
-                layer_scale_init_value=layer_scale_init_value,
-                num_extra_tokens=num_extra_tokens,
-                grid=grid,
-            )
-        self.peg = PEG(embed_dims) if with_peg else None
-
-    def forward(self, x, hw_shape, omega=None):
-        """Map tokens (B, T, C) of the grid ``hw_shape`` to tokens (B, T, C).
-
-        ``omega`` is the table of a prior that the whole network shares.
-        """
-        y = self.ln1(x)
-        y = self.attn(y, hw_shape, omega) if self.takes_grid else self.attn(y)
-        x = torch.add(x, y, alpha=self.branch_scale)
-        x = torch.add(x, self.ffn(self.ln2(x)), alpha=self.branch_scale)
-        return x if self.peg is None else self.peg(x, hw_shape)
+from .checks import check_choice, check_heads, check_int, check_sides, is_int
+from .deploy import check_folded, check_grid, fold_priors
+from .embed import build_stem
+from .freezing import check_freezing, freeze
+from .layer import SPViTLayer
+from .position import fit_state_dict
 
 
 def _lvvit_arch(embed_dims, num_layers, num_heads, stem_channels, skip_scale):
@@ -123,6 +36,7 @@ def _lvvit_arch(embed_dims, num_layers, num_heads, stem_channels, skip_scale):
         qkv_bias=False,
         norm_cfg=dict(type='LN', eps=1e-5),
         prior=dict(type='MLPSpatialPrior', hidden_dims=64),
+        start='released',
     )
 
 
@@ -202,6 +116,11 @@ class SPViT(VisionTransformer):
         drop_path_rate (float): Stochastic depth, rising linearly from 0 to
             this over the layers. Defaults to 0.
         layer_scale_init_value (float): Defaults to 0 (no layer scale).
+        start (str, optional): How ``init_weights`` starts what the model's
+            ``init_cfg`` leaves open. ``'mmpretrain'``: as VisionTransformer, the FFN
+            with Xavier and the class token at 0. ``'released'``: as SP-ViT's authors,
+            every Linear and the class token truncated normal with std 0.02, biases
+            0. Defaults to None (the arch's, else 'mmpretrain').
         interpolate_mode (str): How the position embedding is resized.
             Defaults to 'bicubic'.
         pre_norm (bool): A norm before the layers. Defaults to False.
@@ -234,6 +153,17 @@ class SPViT(VisionTransformer):
     }
     INTERPOLATE_MODES = ('bilinear', 'bicubic')
     SHARE_MODES = ('none', 'heads', 'network')
+    STARTS = ('mmpretrain', 'released')
+    # Of what neither the arch nor an argument says.
+    DEFAULTS = dict(
+        stem='patch',
+        with_peg=False,
+        skip_scale=1.0,
+        qkv_bias=True,
+        norm_cfg=dict(type='LN', eps=1e-6),
+        prior=dict(type='MLPSpatialPrior'),
+        start='mmpretrain',
+    )
 
     def __init__(
         self,
@@ -262,6 +192,7 @@ class SPViT(VisionTransformer):
         drop_rate=0.0,
         drop_path_rate=0.0,
         layer_scale_init_value=0.0,
+        start=None,
         interpolate_mode='bicubic',
         pre_norm=False,
         patch_cfg=dict(),
@@ -269,188 +200,146 @@ class SPViT(VisionTransformer):
         deploy=False,
         init_cfg=None,
     ):
-        settings = arch
-        if isinstance(arch, str):
-            settings = self.arch_zoo.get(arch.lower(), arch)
-
-        self._check_numbers(
-            img_size, patch_size, skip_scale, drop_path_rate, interpolate_mode
-        )
-
-        def choose(name, given, default):
-            if given is not None or not isinstance(settings, dict):
-                return given
-            return settings.get(name, default)
-
-        norm_cfg = choose('norm_cfg', norm_cfg, dict(type='LN', eps=1e-6))
-        # The parent checks the arch and makes stem, tokens, position and norms
-        # of a model without layers; the layers are ours.
-        super().__init__(
-            arch={**settings, 'num_layers': 0}
-            if isinstance(settings, dict) and 'num_layers' in settings
-            else arch,
-            img_size=img_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            out_indices=[],
-            drop_rate=drop_rate,
+        super(VisionTransformer, self).__init__(init_cfg)
+        check_choice('share_prior', share_prior, self.SHARE_MODES)
+        check_choice('interpolate_mode', interpolate_mode, self.INTERPOLATE_MODES)
+        settings = self._settings(
+            arch,
+            stem=stem,
+            with_peg=with_peg,
+            skip_scale=skip_scale,
+            qkv_bias=qkv_bias,
             norm_cfg=norm_cfg,
-            final_norm=final_norm,
-            out_type=out_type,
-            with_cls_token=with_cls_token,
-            interpolate_mode=interpolate_mode,
-            patch_cfg={} if choose('stem', stem, 'patch') != 'patch' else patch_cfg,
-            pre_norm=pre_norm,
-            init_cfg=init_cfg,
+            start=start,
         )
         self.arch_settings = settings
+        self.embed_dims = settings['embed_dims']
         self.num_layers = settings['num_layers']
-        check_heads(self.embed_dims, settings['num_heads'])
-
-        stem = choose('stem', stem, 'patch')
-        if isinstance(stem, str) and stem not in ('patch', 'conv'):
-            raise ValueError(
-                "`stem` must be 'patch', 'conv' or the config of a ConvStem, "
-                f'got {stem!r}.'
-            )
-        if stem != 'patch':
-            stem = dict(type='ConvStem') if stem == 'conv' else stem
-            if isinstance(stem, dict):
-                stem = {**stem, **patch_cfg}
-            self.patch_embed = build_child(
-                stem,
-                'stem',
-                in_channels=in_channels,
-                embed_dims=self.embed_dims,
-                patch_size=patch_size,
-                input_size=img_size,
-            )
-            self.patch_resolution = self.patch_embed.init_out_size
-
-        self.num_spsa_layers = self._check_num_spsa_layers(num_spsa_layers)
-        self.out_indices = self._check_out_indices(out_indices)
-        self.cls_token_layer = self._check_cls_token_layer(cls_token_layer)
-        self._init_position(pos_embed)
-
-        if share_prior not in self.SHARE_MODES:
-            raise ValueError(
-                f'`share_prior` must be one of {self.SHARE_MODES}, got {share_prior!r}.'
-            )
+        self.img_size = check_sides('img_size', img_size)
+        self.interpolate_mode = interpolate_mode
         self.share_prior = share_prior
-        self.prior = None
-        attn_cfg = self._attention_cfg(attn_cfg, prior, choose)
+        self.final_norm = final_norm
         self.with_cp = with_cp
+        if init_cfg is None and settings['start'] == 'released':
+            self.init_cfg = dict(type='TruncNormal', layer='Linear', std=0.02)
+
+        self.patch_embed = build_stem(
+            settings['stem'],
+            in_channels=in_channels,
+            embed_dims=self.embed_dims,
+            img_size=img_size,
+            patch_size=check_sides('patch_size', patch_size),
+            bias=not pre_norm,  # as in CLIP, whose norm follows at once
+            patch_cfg=patch_cfg,
+        )
+        self.patch_resolution = self.patch_embed.init_out_size
+        self.num_spsa_layers = check_int(
+            'num_spsa_layers',
+            max(self.num_layers - 2, 0) if num_spsa_layers is None else num_spsa_layers,
+            0,
+            self.num_layers,
+            'the number of layers',
+        )
+        self._set_outputs(out_type, out_indices)
+        self._init_cls_token(with_cls_token, cls_token_layer)
+        self._init_position(pos_embed)
+        self.drop_after_pos = nn.Dropout(p=drop_rate)
+
+        norm_cfg = settings['norm_cfg']
+        self.pre_norm = (
+            build_norm_layer(norm_cfg, self.embed_dims) if pre_norm else nn.Identity()
+        )
+        if final_norm:
+            self.ln1 = build_norm_layer(norm_cfg, self.embed_dims)
+        if out_type == 'avg_featmap':
+            self.ln2 = build_norm_layer(norm_cfg, self.embed_dims)
+        self.prior = None
+        attn_cfg = self._attention_cfg(attn_cfg, prior)
         self._init_layers(
-            attn_cfg,
-            layer_cfgs,
-            drop_path_rate,
-            drop_rate=drop_rate,
-            qkv_bias=choose('qkv_bias', qkv_bias, True),
-            norm_cfg=norm_cfg,
-            skip_scale=choose('skip_scale', skip_scale, 1.0),
-            with_peg=choose('with_peg', with_peg, False),
-            layer_scale_init_value=layer_scale_init_value,
+            attn_cfg, layer_cfgs, drop_path_rate, drop_rate, layer_scale_init_value
         )
 
-        if not is_int(frozen_stages) or not -1 <= frozen_stages <= self.num_layers:
-            raise ValueError(
-                f'`frozen_stages` must be an integer in -1..{self.num_layers} (the '
-                f'number of layers), got {frozen_stages!r}.'
-            )
-        self.frozen_stages = frozen_stages
+        self.frozen_stages = check_int(
+            'frozen_stages', frozen_stages, -1, self.num_layers, 'the number of layers'
+        )
         self.freeze_all_but_priors = freeze_all_but_priors
-        if freeze_all_but_priors:
-            if not any(isinstance(m, SpatialPrior) for m in self.modules()):
-                raise ValueError(
-                    '`freeze_all_but_priors` would freeze everything: the backbone '
-                    'has no spatial prior. Set `num_spsa_layers` to 1 or more.'
-                )
-            if frozen_stages > 0:
-                raise ValueError(
-                    '`freeze_all_but_priors` and `frozen_stages` exclude each other, '
-                    f'got frozen_stages={frozen_stages}. Leave it at -1.'
-                )
-            self._freeze_all_but_priors()
-        if self.frozen_stages > 0:
-            self._freeze_stages()
+        check_freezing(self)
+        freeze(self)
         self.deploy = False
         if deploy:
             self.switch_to_deploy()
 
     # ---------------------------------------------------------- construction
 
-    def _check_numbers(
-        self, img_size, patch_size, skip_scale, drop_path_rate, interpolate_mode
-    ):
-        for name, value in (('img_size', img_size), ('patch_size', patch_size)):
-            sides = to_2tuple(value)
-            if len(sides) != 2 or any(not is_int(side) or side < 1 for side in sides):
-                raise ValueError(
-                    f'`{name}` must be a positive integer or two of them (h, w), in '
-                    f'pixels, got {value!r}.'
-                )
-        if skip_scale is not None and not skip_scale > 0:
-            raise ValueError(f'`skip_scale` must be above 0, got {skip_scale!r}.')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(
-                f'`drop_path_rate` must lie in [0, 1), got {drop_path_rate!r}.'
+    def _settings(self, arch, **given):
+        """What holds: an argument that is given, else the arch's value, else DeiT's."""
+        if isinstance(arch, str):
+            arch = arch.lower()
+            assert arch in self.arch_zoo, (
+                f'Arch {arch} is not in default archs {set(self.arch_zoo)}'
             )
-        if interpolate_mode not in self.INTERPOLATE_MODES:
+            arch = self.arch_zoo[arch]
+        essential = {'embed_dims', 'num_layers', 'num_heads', 'feedforward_channels'}
+        complete = isinstance(arch, dict) and essential <= set(arch)
+        assert complete, f'Custom arch needs a dict with keys {essential}'
+        given = {name: value for name, value in given.items() if value is not None}
+        settings = {**self.DEFAULTS, **arch, **given}
+        check_heads(settings['embed_dims'], settings['num_heads'])
+        check_choice('start', settings['start'], self.STARTS)
+        if not settings['skip_scale'] > 0:
             raise ValueError(
-                f'`interpolate_mode` must be one of {self.INTERPOLATE_MODES}, '
-                f'got {interpolate_mode!r}.'
+                f'`skip_scale` must be above 0, got {settings["skip_scale"]!r}.'
             )
+        return settings
 
-    def _check_num_spsa_layers(self, value):
-        if value is None:
-            return max(self.num_layers - 2, 0)
-        if not is_int(value) or not 0 <= value <= self.num_layers:
+    def _set_outputs(self, out_type, out_indices):
+        """What is returned, and the layers, counted from 0, in a list of our own."""
+        if out_type not in self.OUT_TYPES:
             raise ValueError(
-                f'`num_spsa_layers` must be an integer in 0..{self.num_layers} (the '
-                f'number of layers), got {value!r}.'
+                f'Unsupported `out_type` {out_type}, please choose from '
+                f'{self.OUT_TYPES}'
             )
-        return int(value)
-
-    def _check_out_indices(self, value):
-        """The layers to return, counted from 0, in a list of our own."""
-        if is_int(value):
-            value = [value]
-        assert isinstance(value, (list, tuple)), (
-            f'"out_indices" must by a sequence or int, get {type(value)} instead.'
+        self.out_type = out_type
+        if is_int(out_indices):
+            out_indices = [out_indices]
+        assert isinstance(out_indices, (list, tuple)), (
+            f'"out_indices" must by a sequence or int, get {type(out_indices)} instead.'
         )
-        indices = []
-        for index in value:
+        for index in out_indices:
             is_layer = is_int(index) and -self.num_layers <= index < self.num_layers
             assert is_layer, (
                 f'Invalid out_indices {index!r}, the layers are '
                 f'0..{self.num_layers - 1} (or -{self.num_layers}..-1 from the end)'
             )
-            indices.append(int(index) % self.num_layers)
-        return indices
+        self.out_indices = [int(index) % self.num_layers for index in out_indices]
 
-    def _check_cls_token_layer(self, value):
-        if not self.with_cls_token:
-            if value is not None:
+    def _init_cls_token(self, with_cls_token, cls_token_layer):
+        self.with_cls_token = with_cls_token
+        self.cls_token = self.cls_token_layer = None
+        if not with_cls_token:
+            if self.out_type == 'cls_token':
                 raise ValueError(
-                    f'`cls_token_layer` is {value}, but with_cls_token=False leaves '
-                    'no class token to join. Leave `cls_token_layer` at None.'
+                    'with_cls_token must be True when `out_type="cls_token"`.'
                 )
-            return None
+            if cls_token_layer is not None:
+                raise ValueError(
+                    f'`cls_token_layer` is {cls_token_layer}, but with_cls_token=False '
+                    'leaves no class token to join. Leave `cls_token_layer` at None.'
+                )
+            self.num_extra_tokens = 0
+            return
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
         last = max(self.num_layers - 1, 0)
-        if value is None:
-            value = min(self.num_spsa_layers, last)
-        if not is_int(value) or not 0 <= value <= last:
-            raise ValueError(
-                f'`cls_token_layer` must be an integer in 0..{last}, got {value!r}.'
-            )
-        early = [i for i in self.out_indices if i < value]
+        if cls_token_layer is None:
+            cls_token_layer = min(self.num_spsa_layers, last)
+        self.cls_token_layer = check_int('cls_token_layer', cls_token_layer, 0, last)
+        early = [i for i in self.out_indices if i < self.cls_token_layer]
         if self.out_type == 'cls_token' and early:
             raise ValueError(
                 f'`out_indices` asks for the class token after layers {early}, but it '
-                f'joins before layer {value} (`cls_token_layer`). Take later layers, '
-                "a smaller `cls_token_layer`, or out_type='featmap'."
+                f'joins before layer {self.cls_token_layer} (`cls_token_layer`). Take '
+                "later layers, a smaller `cls_token_layer`, or out_type='featmap'."
             )
-        return int(value)
 
     def _init_position(self, pos_embed):
         """Position embedding, with an entry for the class token if it is first."""
@@ -460,17 +349,15 @@ class SPViT(VisionTransformer):
                 f'got {pos_embed!r}.'
             )
         self.num_pos_extra_tokens = 1 if self.cls_token_layer == 0 else 0
-        if pos_embed is None:
-            self.pos_embed = None
-        else:
-            num_patches = self.patch_resolution[0] * self.patch_resolution[1]
-            self.pos_embed = nn.Parameter(
-                torch.zeros(1, num_patches + self.num_pos_extra_tokens, self.embed_dims)
-            )
+        self.pos_embed = None
+        if pos_embed == 'learned':
+            length = math.prod(self.patch_resolution) + self.num_pos_extra_tokens
+            self.pos_embed = nn.Parameter(torch.zeros(1, length, self.embed_dims))
         # Tells a later, differently sized model on which grid we were trained.
         self.register_buffer('train_grid', torch.tensor(self.patch_resolution))
+        self._register_load_state_dict_pre_hook(self._prepare_pos_embed)
 
-    def _attention_cfg(self, attn_cfg, prior, choose):
+    def _attention_cfg(self, attn_cfg, prior):
         """Config of the layers' attention; builds a prior that they all share."""
         attn_cfg = {} if attn_cfg is None else attn_cfg
         if isinstance(attn_cfg, dict):
@@ -486,8 +373,7 @@ class SPViT(VisionTransformer):
                 )
             return attn_cfg
         if prior is None:
-            prior = attn_cfg.get('prior')
-        prior = choose('prior', prior, dict(type='MLPSpatialPrior'))
+            prior = attn_cfg.get('prior') or self.arch_settings['prior']
         if self.share_prior == 'heads':
             prior = {**prior, 'num_heads': 1}
         elif self.share_prior == 'network' and self.num_spsa_layers:
@@ -500,7 +386,13 @@ class SPViT(VisionTransformer):
             prior = None
         return {**attn_cfg, 'prior': prior}
 
-    def _init_layers(self, attn_cfg, layer_cfgs, drop_path_rate, **common):
+    def _init_layers(
+        self, attn_cfg, layer_cfgs, drop_path_rate, drop_rate, layer_scale_init_value
+    ):
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(
+                f'`drop_path_rate` must lie in [0, 1), got {drop_path_rate!r}.'
+            )
         if isinstance(layer_cfgs, dict):
             layer_cfgs = [layer_cfgs] * self.num_layers
         if len(layer_cfgs) != self.num_layers:
@@ -508,6 +400,7 @@ class SPViT(VisionTransformer):
                 f'`layer_cfgs` must be one dict or one for each of the '
                 f'{self.num_layers} layers, got {len(layer_cfgs)}.'
             )
+        settings = self.arch_settings
         # Plain floats: a numpy scalar would break torch.compile's full graph.
         rates = np.linspace(0, drop_path_rate, self.num_layers).tolist()
         self.layers = ModuleList()
@@ -515,32 +408,26 @@ class SPViT(VisionTransformer):
             has_cls_token = self.with_cls_token and i >= self.cls_token_layer
             cfg = dict(
                 embed_dims=self.embed_dims,
-                num_heads=self.arch_settings['num_heads'],
-                feedforward_channels=self.arch_settings['feedforward_channels'],
+                num_heads=settings['num_heads'],
+                feedforward_channels=settings['feedforward_channels'],
                 attn_cfg=attn_cfg if i < self.num_spsa_layers else None,
                 num_extra_tokens=self.num_extra_tokens if has_cls_token else 0,
                 grid=self.patch_resolution,
                 drop_path_rate=rate,
-                **common,
+                drop_rate=drop_rate,
+                layer_scale_init_value=layer_scale_init_value,
             )
+            for name in ('qkv_bias', 'norm_cfg', 'skip_scale', 'with_peg', 'start'):
+                cfg[name] = settings[name]
             self.layers.append(SPViTLayer(**{**cfg, **layer_cfg}))
-        self._freeze_unused()
 
-    def _freeze_unused(self):
-        """Freeze what no output depends on: DDP would wait for its gradients."""
-        last = max(self.out_indices, default=-1)
-        if last < 0:
-            return
-        unused = list(self.layers[last + 1 :])
-        if last < self.num_layers - 1 and self.final_norm:
-            unused.append(self.ln1)
-        if self.out_type == 'cls_token' and self.layers[last].peg is not None:
-            # The class token passes the last PEG untouched.
-            unused.append(self.layers[last].peg)
-        for module in unused:
-            module.requires_grad_(False)
-        if self.with_cls_token and self.cls_token_layer > last:
-            self.cls_token.requires_grad = False
+    def init_weights(self):
+        super().init_weights()
+        cfg = self.init_cfg
+        pretrained = isinstance(cfg, dict) and cfg['type'] == 'Pretrained'
+        released = self.arch_settings['start'] == 'released'
+        if released and not pretrained and self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
 
     # --------------------------------------------------------------- forward
 
@@ -608,35 +495,19 @@ class SPViT(VisionTransformer):
             return patches.unflatten(1, hw).permute(0, 3, 1, 2)
         return self.ln2(patches.mean(dim=1))
 
-    # -------------------------------------------------------------- training
+    # -------------------------------------------------------------- freezing
 
     def train(self, mode=True):
-        """Set the mode; frozen layers stay in eval. Returns self."""
+        """Set the mode; what is frozen stays in eval. Returns self."""
         super().train(mode)
-        if mode and self.frozen_stages > 0:
-            self._freeze_stages()
-        if mode and self.freeze_all_but_priors:
-            self._freeze_all_but_priors()
+        if mode:
+            freeze(self)
         return self
-
-    def _freeze_all_but_priors(self):
-        priors = [m for m in self.modules() if isinstance(m, SpatialPrior)]
-        learning = {id(param) for prior in priors for param in prior.parameters()}
-        for param in self.parameters():
-            param.requires_grad = param.requires_grad and id(param) in learning
-        for module in self.modules():
-            module.training = False
-        for prior in priors:
-            prior.train()
-        # Of the backbone itself: gradient checkpointing asks for it.
-        self.training = True
 
     def _freeze_stages(self):
         super()._freeze_stages()
         if self.prior is not None:
-            self.prior.eval()
-            for param in self.prior.parameters():
-                param.requires_grad = False
+            self.prior.eval().requires_grad_(False)
 
     def get_layer_depth(self, param_name: str, prefix: str = ''):
         """The depth of a parameter, for layer-wise learning-rate decay.
@@ -670,115 +541,17 @@ class SPViT(VisionTransformer):
             ValueError: If ``grid`` is no grid, or the model was switched before, for
                 another one.
         """
-        if grid is not None and not (
-            isinstance(grid, (tuple, list))
-            and len(grid) == 2
-            and all(isinstance(side, int) and side > 0 for side in grid)
-        ):
-            raise ValueError(
-                '`grid` must be two positive integers, the rows and columns of '
-                f'patches, got {grid!r}.'
-            )
-        target = tuple(self.patch_resolution if grid is None else grid)
-        if self.deploy:
-            for prior in self.modules():
-                if not isinstance(prior, ConstantSpatialPrior) or grid is None:
-                    continue
-                if prior.grid != target:
-                    raise ValueError(
-                        f'`grid` is {target}, but this model was switched to its '
-                        f'deploy form for {prior.grid}, and its priors are gone. Load '
-                        'the checkpoint of the training and switch that.'
-                    )
-            return
-        device = next(self.parameters()).device
-        constants = {}
-        for parent in list(self.modules()):
-            for name, prior in parent.named_children():
-                if isinstance(prior, SpatialPrior):
-                    if prior not in constants:
-                        constants[prior] = ConstantSpatialPrior.from_prior(
-                            prior, target, device
-                        )
-                    setattr(parent, name, constants[prior])
-        self.deploy = True
+        if grid is not None:
+            check_grid(grid)
+        if not self.deploy:
+            fold_priors(self, self.patch_resolution if grid is None else grid)
+            self.deploy = True
+        elif grid is not None:
+            check_folded(self, grid)
 
     # ----------------------------------------------------------- checkpoints
 
     def _prepare_pos_embed(self, state_dict, prefix, *args, **kwargs):
-        """Fit a checkpoint's position and grid to this model, before loading."""
-        name, grid_name = prefix + 'pos_embed', prefix + 'train_grid'
-        if grid_name not in state_dict and name not in state_dict:
-            return
-        length = state_dict[name].shape[1] if name in state_dict else None
-        if grid_name in state_dict:
-            grid = tuple(state_dict[grid_name].tolist())
-        else:
-            grid = self._guess_grid(length)
-        for child_name, child in self.named_modules():
-            if isinstance(child, SpatialPrior) and child.coords != 'raw':
-                key = f'{prefix}{child_name}.train_grid'
-                state_dict.setdefault(key, torch.tensor(grid))
-        state_dict[grid_name] = self.train_grid.detach().clone()
-        if length is None:
-            return
-
-        logger = MMLogger.get_current_instance()
-        if self.pos_embed is None:
-            del state_dict[name]
-            logger.info('The checkpoint has a pos_embed, this model none: left out.')
-            return
-        num_extra_tokens = length - grid[0] * grid[1]
-        if num_extra_tokens not in (0, 1):
-            raise ValueError(
-                f'The checkpoint has a `pos_embed` of {length} entries for a grid of '
-                f'{grid[0]} x {grid[1]} = {grid[0] * grid[1]} patches; SPViT takes '
-                'none or one more, for the class token. (Distilled DeiT has two.)'
-            )
-        if num_extra_tokens > self.num_pos_extra_tokens:
-            self._fold_cls_position(state_dict, prefix, logger)
-        elif num_extra_tokens < self.num_pos_extra_tokens:
-            value = state_dict[name]
-            state_dict[name] = torch.cat((torch.zeros_like(value[:, :1]), value), 1)
-            logger.info(
-                'The checkpoint has no position entry for the class token: 0 is taken.'
-            )
-        if grid != tuple(self.patch_resolution):
-            logger.info(
-                f'Resize the pos_embed from {grid} to {tuple(self.patch_resolution)}.'
-            )
-            state_dict[name] = resize_pos_embed(
-                state_dict[name],
-                grid,
-                self.patch_resolution,
-                self.interpolate_mode,
-                self.num_pos_extra_tokens,
-            )
-
-    def _guess_grid(self, length):
-        """The grid of a pos_embed whose checkpoint does not say it: a square."""
-        extra_tokens = (1, 0)
-        if self.pos_embed is not None and length == self.pos_embed.shape[1]:
-            extra_tokens = (self.num_pos_extra_tokens,)
-        for num_extra_tokens in extra_tokens:
-            side = math.isqrt(length - num_extra_tokens)
-            if side > 0 and side * side == length - num_extra_tokens:
-                return side, side
-        # Not square, so at best it is just ours.
-        return tuple(self.patch_resolution)
-
-    def _fold_cls_position(self, state_dict, prefix, logger):
-        """Take the class token's entry off the front of a pos_embed."""
-        name, cls_name = prefix + 'pos_embed', prefix + 'cls_token'
-        entry = state_dict[name][:, :1]
-        state_dict[name] = state_dict[name][:, 1:]
-        if self.with_cls_token and cls_name in state_dict:
-            state_dict[cls_name] = state_dict[cls_name] + entry
-            logger.info(
-                'The class token joins late here and has no position: its entry in '
-                "the checkpoint's pos_embed is added to cls_token."
-            )
-        else:
-            logger.info(
-                "The class token's entry in the checkpoint's pos_embed is left out."
-            )
+        """Before loading: fit a checkpoint's position and grid to this model."""
+        for change in fit_state_dict(state_dict, prefix, self):
+            MMLogger.get_current_instance().info(change)

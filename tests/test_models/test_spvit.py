@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from spvit_mm.models import SPViT
 from spvit_mm.models.attention import SpatialPriorAttention
-from spvit_mm.models.spvit import SPViTLayer
+from spvit_mm.models.layer import SPViTLayer
 
 from . import AUTOCAST_DTYPES, loss_of
 
@@ -264,6 +264,18 @@ def test_other_attention_takes_the_place():
         build(attn_cfg=dict(type=Identity), share_prior='heads')
 
 
+def test_the_output_of_a_pegs_convolution_stays_as_a_hook_saw_it():
+    model = build(with_peg=True).eval()
+    seen = []
+    model.layers[0].peg.proj.register_forward_hook(
+        lambda module, args, out: seen.append((out, out.clone()))
+    )
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    ((kept, before),) = seen
+    assert torch.equal(kept, before)
+
+
 def test_any_size():
     model = build(with_peg=True).eval()
     for size in [(1, 1), (8, 8), (7, 100), (100, 9), (64, 64)]:
@@ -291,7 +303,7 @@ def test_attention_config_without_a_type():
 )
 def test_patch_cfg_wins_over_the_stem(stem):
     model = build(stem=stem, patch_cfg=dict(stem_channels=12, patch_size=4))
-    assert model.patch_embed.conv1.out_channels == 12
+    assert model.patch_embed.conv1.conv.out_channels == 12
     assert model.patch_resolution == (8, 8)
     assert model(torch.randn(1, 3, 32, 32))[0].shape == (1, 24)
 
@@ -590,6 +602,67 @@ def test_model_with_deits_init_cfg_starts_neutral(mmpretrain_scope):
     for layer in classifier.backbone.layers[:2]:
         assert isinstance(layer, SPViTLayer)
         assert layer.attn.prior((3, 4)).eq(1).all()
+
+
+def released_start(model):
+    """Every start of the released code's backbone, measured by kind of parameter."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.2), name
+            assert module.weight.abs().max() < 0.15, name
+            assert module.bias is None or module.bias.eq(0).all(), name
+        elif isinstance(module, nn.Conv2d):
+            # torch's nn.Conv2d: uniform within fan_in ** -0.5
+            bound = module.weight[0].numel() ** -0.5
+            assert module.weight.abs().max() <= bound, name
+            assert module.weight.std().item() == pytest.approx(
+                bound / 3**0.5, rel=0.2
+            ), name
+        elif isinstance(module, (nn.LayerNorm, _BatchNorm)):
+            assert module.weight.eq(1).all(), name
+            assert module.bias.eq(0).all(), name
+    for name in ('cls_token', 'pos_embed'):
+        assert getattr(model, name).std().item() == pytest.approx(0.02, rel=0.2), name
+    for layer in model.layers[: model.num_spsa_layers]:
+        assert layer.attn.prior((3, 4)).eq(1).all()
+
+
+@pytest.mark.parametrize('in_a_classifier', [True, False])
+def test_start_of_the_released_archs(in_a_classifier, mmpretrain_scope):
+    arch = dict(SPViT.arch_zoo['spvit-small'], num_layers=2, num_heads=6)
+    backbone = dict(type='SPViT', arch=arch, img_size=64, num_spsa_layers=1)
+    if in_a_classifier:
+        head = dict(type='VisionTransformerClsHead', num_classes=3, in_channels=384)
+        # what mmpretrain's configs of ViTs say
+        init_cfg = [
+            dict(type='TruncNormal', layer='Linear', std=0.02),
+            dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
+        ]
+        cfg = dict(
+            type='ImageClassifier', backbone=backbone, head=head, init_cfg=init_cfg
+        )
+        model = MODELS.build(cfg)
+    else:
+        model = MODELS.build(backbone)
+    model.init_weights()
+    released_start(model.backbone if in_a_classifier else model)
+
+
+def test_other_archs_start_as_mmpretrains():
+    """Unless asked: the FFN with Xavier, the class token at 0."""
+    arch = dict(embed_dims=96, num_layers=2, num_heads=3, feedforward_channels=384)
+    model = build(arch=arch)
+    model.init_weights()
+    xavier = (2 / (96 + 384)) ** 0.5
+    weight = model.layers[0].ffn.layers[1].weight
+    assert weight.std().item() == pytest.approx(xavier, rel=0.1)
+    assert model.cls_token.eq(0).all()
+    model = build(arch=arch, start='released')
+    model.init_weights()
+    assert model.layers[0].ffn.layers[1].weight.std().item() == pytest.approx(
+        0.02, rel=0.1
+    )
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
 
 
 # ------------------------------------------------------------------ bad input
