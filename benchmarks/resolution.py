@@ -37,7 +37,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, TestLoop
 
-from spvit_mm.engine import launch
+from spvit_mm.apis import ArgumentParser, run_cli
 from spvit_mm.utils import UserError, new_figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,7 +204,7 @@ def with_rule(cfg, trained, coords):
 
 
 def main(argv):
-    parser = launch.ArgumentParser(
+    parser = ArgumentParser(
         prog='resolution.py',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -305,4 +305,4 @@ def report(args, out, metric, base, patch, cases, values):
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'resolution.py')
+    run_cli(main, 'resolution.py')

@@ -32,7 +32,7 @@ from mmengine.fileio import load
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS, MODELS
 
-from spvit_mm.engine import launch
+from spvit_mm.apis import ArgumentParser, load_config, run_cli
 from spvit_mm.models import SPViT
 from spvit_mm.utils import UserError, new_figure
 
@@ -399,7 +399,7 @@ def draw(name: str, study: dict, rows: list[dict], runs: list[Run], path: Path) 
 
 
 def main(argv: list[str]) -> None:
-    parser = launch.ArgumentParser(
+    parser = ArgumentParser(
         prog='study.py',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -448,7 +448,7 @@ def main(argv: list[str]) -> None:
         study = choose(study, args.settings)
     if args.reach is not None:
         study['reach'] = args.reach
-    cfg = launch.load_config(args.config)
+    cfg = load_config(args.config)
     runs = plan(study, cfg, args, Path(args.work_dir) / 'runs')
     check_backbones(runs)
     run_all(runs, {run.folder: write_config(run) for run in runs}, args.jobs)
@@ -471,4 +471,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'study.py')
+    run_cli(main, 'study.py')

@@ -9,7 +9,7 @@ from .version import __version__
 
 check_requirements()
 
-from . import datasets, engine, models  # noqa: E402, F401
+from . import apis, datasets, engine, models  # noqa: E402, F401
 from .utils.hub import register_models  # noqa: E402
 
 register_models()

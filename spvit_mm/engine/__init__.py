@@ -1,5 +1,4 @@
 from ..utils import CorruptImageError, UserError
-from .complexity import attention_flops, register_flop_counter
 from .data_checks import check_dataset, guard_images
 from .hooks import (
     AtomicCheckpointHook,
@@ -29,10 +28,8 @@ __all__ = [
     'RandomStateHook',
     'SegDataCheckHook',
     'UserError',
-    'attention_flops',
     'check_dataset',
     'check_seg_dataset',
     'guard_images',
     'load_whole_checkpoint',
-    'register_flop_counter',
 ]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from spvit_mm.engine import UserError
+from spvit_mm.utils import UserError
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location(

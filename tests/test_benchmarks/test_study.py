@@ -9,7 +9,8 @@ import pytest
 from mmengine.config import Config
 from scipy import stats
 
-from spvit_mm.engine import UserError, launch
+from spvit_mm.apis import run_cli
+from spvit_mm.utils import UserError
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location('study', ROOT / 'benchmarks/study.py')
@@ -26,7 +27,7 @@ def cfg():
 
 def test_unknown_study_lists_the_names(capsys):
     with pytest.raises(SystemExit) as error:
-        launch.run_cli(study.main, 'study.py', ['realtive'])
+        run_cli(study.main, 'study.py', ['realtive'])
     assert error.value.code == 2
     err = capsys.readouterr().err
     assert "No study 'realtive'. There are: prior, layers" in err
@@ -60,15 +61,15 @@ def test_what_does_not_fit_ends_before_a_run_starts(tmp_path, capsys):
     config = ROOT / 'configs/classification/sp-deit-tiny_1xb128-200e_cifar10.py'
     argv = ['relative', '--config', str(config), '--work-dir', str(tmp_path)]
     with pytest.raises(SystemExit):
-        launch.run_cli(study.main, 'study.py', argv)
+        run_cli(study.main, 'study.py', argv)
     err = capsys.readouterr().err
     assert "Setting 'psa' does not fit" in err
     assert '--settings' in err
     with pytest.raises(SystemExit):
-        launch.run_cli(study.main, 'study.py', [*argv, '--settings', 'sp_sa'])
+        run_cli(study.main, 'study.py', [*argv, '--settings', 'sp_sa'])
     assert 'There are: none, sp-sa, shaw' in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        launch.run_cli(study.main, 'study.py', [*argv, '--baseline', 'nothing'])
+        run_cli(study.main, 'study.py', [*argv, '--baseline', 'nothing'])
     assert '--baseline: no setting nothing. There are: none' in capsys.readouterr().err
     config = tmp_path / 'plain.py'
     config.write_text(
@@ -77,7 +78,7 @@ def test_what_does_not_fit_ends_before_a_run_starts(tmp_path, capsys):
     )
     argv = ['relative', '--config', str(config), '--work-dir', str(tmp_path)]
     with pytest.raises(SystemExit):
-        launch.run_cli(study.main, 'study.py', argv)
+        run_cli(study.main, 'study.py', argv)
     assert 'is a VisionTransformer' in capsys.readouterr().err
     assert not (tmp_path / 'runs').exists()
 

@@ -17,7 +17,7 @@ from spvit_mm.convert import (
     convert_to_released,
 )
 from spvit_mm.convert.structure import count_parameters
-from spvit_mm.engine import UserError
+from spvit_mm.utils import UserError
 
 from .source_models import (
     RELEASED,

@@ -4,7 +4,7 @@ from mmengine.analysis import get_model_complexity_info
 from torch import nn
 from torch.nn import functional as F
 
-from spvit_mm.engine import register_flop_counter
+from spvit_mm.apis import register_flop_counter
 from spvit_mm.models import SPViT
 
 

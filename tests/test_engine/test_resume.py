@@ -137,7 +137,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.runner import Runner
-from spvit_mm.engine.launch import distribute_on_cpu
+from spvit_mm.apis import distribute_on_cpu
 
 torch.set_num_threads(1)
 for job in sys.argv[1:]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from mmengine.model import revert_sync_batchnorm
 
-from spvit_mm.engine import UserError, export, launch
-from spvit_mm.utils import whole_file
+from spvit_mm.apis import build_model, export, load_config, load_trained_model
+from spvit_mm.utils import UserError, whole_file
 
 from .test_train_test import command, fails
 
@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
     config, checkpoint = folder / 'tiny.py', folder / 'trained.pth'
     config.write_text(CONFIG)
     torch.manual_seed(0)
-    model = launch.build_model(launch.load_config(str(config))).eval()
+    model = build_model(load_config(str(config))).eval()
     for name, param in model.named_parameters():
         torch.nn.init.normal_(param, std=1.0 if 'prior' in name else 0.2)
     state = {
@@ -71,12 +71,12 @@ def test_reparameterize(trained, tmp_path, capsys, grid):
     assert 'optimizer' not in written
     assert [p.name for p in out.parent.iterdir()] == ['deployed.pth']
 
-    cfg = launch.load_config(str(config), {'model.backbone.deploy': True})
-    deployed, _ = launch.load_trained_model(cfg, str(out))
+    cfg = load_config(str(config), {'model.backbone.deploy': True})
+    deployed, _ = load_trained_model(cfg, str(out))
     images = torch.randn(2, 3, 8 * grid[0], 8 * grid[1])
     assert torch.equal(logits(deployed, images), logits(model, images))
     with pytest.raises(UserError, match='deploy=True'):
-        launch.load_trained_model(launch.load_config(str(config)), str(out))
+        load_trained_model(load_config(str(config)), str(out))
 
 
 @pytest.mark.parametrize('name', [REPARAMETERIZE, EXPORT])
@@ -107,7 +107,7 @@ def test_force_replaces_the_file(trained, tmp_path):
 def test_a_model_without_deploy_form(tmp_path, capsys):
     config, checkpoint = tmp_path / 'plain.py', tmp_path / 'plain.pth'
     config.write_text(PLAIN)
-    model = launch.build_model(launch.load_config(str(config)))
+    model = build_model(load_config(str(config)))
     torch.save(model.state_dict(), checkpoint)
     line = fails(capsys, REPARAMETERIZE, config, checkpoint, tmp_path / 'out.pth')
     assert 'VisionTransformer' in line
@@ -172,7 +172,7 @@ GATED = CONFIG.replace(
 def test_onnx_of_other_models(tmp_path, text):
     config, checkpoint = tmp_path / 'tiny.py', tmp_path / 'tiny.pth'
     config.write_text(text)
-    model = launch.build_model(launch.load_config(str(config))).eval()
+    model = build_model(load_config(str(config))).eval()
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.2)
     torch.save(model.state_dict(), checkpoint)

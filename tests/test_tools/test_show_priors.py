@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from PIL import Image
 
-from spvit_mm.engine import launch
+from spvit_mm.apis import run_cli
 from spvit_mm.explain import PriorMap, animate_priors
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ def show_priors(*argv):
     spec = importlib.util.spec_from_file_location('show_priors', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    launch.run_cli(module.main, 'show_priors.py', [str(arg) for arg in argv])
+    run_cli(module.main, 'show_priors.py', [str(arg) for arg in argv])
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pytest
 import torch
 from mmengine.utils import ManagerMixin
 
-from spvit_mm.engine import launch
+from spvit_mm.apis import find_resume_checkpoint, run_cli
+from spvit_mm.utils import UserError
 from tests.test_engine.tiny import make_data, make_images, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ def command(name: str, *arguments) -> None:
     for manager in managers:
         managers += manager.__subclasses__()
         manager._instance_dict.clear()
-    launch.run_cli(module.main, Path(name).name, [str(a) for a in arguments])
+    run_cli(module.main, Path(name).name, [str(a) for a in arguments])
 
 
 def fails(capsys, name: str, *arguments) -> str:
@@ -258,10 +259,8 @@ def test_bad_paths(trained, tmp_path, capsys):
 def test_pointer_to_nothing(tmp_path):
     (tmp_path / 'last_checkpoint').write_text('/gone/epoch_7.pth')
     (tmp_path / 'epoch_3.pth').touch()
-    with pytest.raises(
-        launch.UserError, match='epoch_7.pth, which does not exist'
-    ) as e:
-        launch.find_resume_checkpoint(str(tmp_path))
+    with pytest.raises(UserError, match='epoch_7.pth, which does not exist') as e:
+        find_resume_checkpoint(str(tmp_path))
     assert 'epoch_3.pth; name one with --resume PATH' in str(e.value)
 
 

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from PIL import Image
 
-from spvit_mm.engine import launch
+from spvit_mm.apis import run_cli
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / 'configs/classification/spvit-mini_1xb64-50e_digits.py'
@@ -24,7 +24,7 @@ def run(tool, *argv):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    launch.run_cli(module.main, path.name, [str(arg) for arg in argv])
+    run_cli(module.main, path.name, [str(arg) for arg in argv])
 
 
 @pytest.fixture

@@ -12,15 +12,14 @@ from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
 
-from spvit_mm.engine import UserError, launch
-from spvit_mm.engine.samples import load_model
+from spvit_mm.apis import ArgumentParser, building, load_model, run_cli
 from spvit_mm.explain import BinarizedAttention, binarize, offset_mass
 from spvit_mm.explain.binarize import CRITERIA
-from spvit_mm.utils import new_figure, prepare_picture
+from spvit_mm.utils import UserError, new_figure, prepare_picture
 
 
 def main(argv: list) -> None:
-    parser = launch.ArgumentParser(prog='binarize_priors.py', description=__doc__)
+    parser = ArgumentParser(prog='binarize_priors.py', description=__doc__)
     parser.add_argument('config', help='path of the config of a classifier')
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument(
@@ -80,11 +79,11 @@ def main(argv: list) -> None:
         if not cfg.get(name):
             raise UserError(f'The config {args.config} has no {name}.')
     model.to(get_device())
-    with launch.building('The data cannot be loaded'):
+    with building('The data cannot be loaded'):
         test = Runner.build_dataloader(deepcopy(cfg.test_dataloader), seed=0)
         train = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
     set_random_seed(0)  # for the augmentation of the images below
-    with launch.building('No priors to binarise'):
+    with building('No priors to binarise'):
         images = (
             model.data_preprocessor(batch, False)['inputs']
             for batch, _ in zip(train, range(args.mass_batches), strict=False)
@@ -165,4 +164,4 @@ def draw(header, rows, by):
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'binarize_priors.py')
+    run_cli(main, 'binarize_priors.py')

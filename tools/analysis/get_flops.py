@@ -7,11 +7,18 @@ count whatever operator computes them.
 
 from mmengine.analysis import get_model_complexity_info
 
-from spvit_mm.engine import launch
+from spvit_mm.apis import (
+    ArgumentParser,
+    build_model,
+    building,
+    image_shape,
+    load_config,
+    run_cli,
+)
 
 
 def main(argv: list) -> None:
-    parser = launch.ArgumentParser(prog='get_flops.py', description=__doc__)
+    parser = ArgumentParser(prog='get_flops.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument(
         '--shape',
@@ -25,10 +32,10 @@ def main(argv: list) -> None:
         '--detail', action='store_true', help='print the figures of every module too'
     )
     args = parser.parse_args(argv)
-    cfg = launch.load_config(args.config)
-    shape = (3, *launch.image_shape(cfg, args.shape))
-    model = launch.build_model(cfg).eval()
-    with launch.building(f'The model cannot take an image of shape {shape}'):
+    cfg = load_config(args.config)
+    shape = (3, *image_shape(cfg, args.shape))
+    model = build_model(cfg).eval()
+    with building(f'The model cannot take an image of shape {shape}'):
         info = get_model_complexity_info(
             model, shape, show_table=args.detail, show_arch=False
         )
@@ -41,4 +48,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'get_flops.py')
+    run_cli(main, 'get_flops.py')

@@ -2,12 +2,13 @@
 
 from mmpretrain import get_model
 
+from spvit_mm.apis import ArgumentParser, building, check_checkpoint, run_cli
 from spvit_mm.datasets.teacher import generate_token_labels
-from spvit_mm.engine import UserError, launch
+from spvit_mm.utils import UserError
 
 
 def parse_args(argv):
-    parser = launch.ArgumentParser(
+    parser = ArgumentParser(
         prog='generate_token_labels.py',
         description='Writes <out>/<class folder>/<image stem>.pt, the label map of '
         'every image under a folder, in the format of the published ones. Run again, '
@@ -42,8 +43,8 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
-    launch.check_checkpoint(args.checkpoint)
-    with launch.building('The teacher cannot be built'):
+    check_checkpoint(args.checkpoint)
+    with building('The teacher cannot be built'):
         model = get_model(args.config, pretrained=args.checkpoint, device=args.device)
     try:
         counts = generate_token_labels(
@@ -67,4 +68,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'generate_token_labels.py')
+    run_cli(main, 'generate_token_labels.py')

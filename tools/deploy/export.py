@@ -7,14 +7,23 @@ it gets its name.
 
 import torch
 
-from spvit_mm.engine import UserError, export, launch
-from spvit_mm.utils import check_new_file, whole_file
+from spvit_mm.apis import (
+    ArgumentParser,
+    add_cfg_options,
+    building,
+    export,
+    image_shape,
+    load_config,
+    load_trained_model,
+    run_cli,
+)
+from spvit_mm.utils import UserError, check_new_file, whole_file
 
 TOLERANCE = 1e-4
 
 
 def main(argv: list) -> None:
-    parser = launch.ArgumentParser(prog='export.py', description=__doc__)
+    parser = ArgumentParser(prog='export.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument(
         'checkpoint',
@@ -42,17 +51,17 @@ def main(argv: list) -> None:
     parser.add_argument(
         '--force', action='store_true', help='replace the file that is there'
     )
-    launch.add_cfg_options(parser)
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     out = check_new_file(args.out, ('.onnx', '.pt2'), args.force)
-    cfg = launch.load_config(args.config, args.cfg_options)
-    shape = launch.image_shape(cfg, args.shape)
+    cfg = load_config(args.config, args.cfg_options)
+    shape = image_shape(cfg, args.shape)
     if args.batch < 1 or args.opset < 17:
         raise UserError('--batch takes numbers from 1 on, --opset from 17 on.')
     if args.dynamic_batch and args.batch != 1:
         raise UserError('Give --batch or --dynamic-batch, not both.')
-    model, _ = launch.load_trained_model(cfg, args.checkpoint)
-    with launch.building(f'The model cannot take images of {shape[0]} x {shape[1]}'):
+    model, _ = load_trained_model(cfg, args.checkpoint)
+    with building(f'The model cannot take images of {shape[0]} x {shape[1]}'):
         ready = export.prepare(model, shape)
 
     # With one image as its example, torch.export takes 1 for a constant.
@@ -99,4 +108,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'export.py')
+    run_cli(main, 'export.py')

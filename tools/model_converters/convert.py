@@ -2,16 +2,17 @@
 """Convert a checkpoint of SP-ViT, LV-ViT, DeiT or timm's ViT to ours, with its
 config, or (--to spvit) ours to the names of the released code."""
 
+from spvit_mm.apis import ArgumentParser, run_cli
 from spvit_mm.convert import CheckpointError, Options, convert_file
 from spvit_mm.convert.config import NORMALIZATIONS
 from spvit_mm.convert.convert import CLASSIFIERS, DISTILLED, TARGETS
 from spvit_mm.convert.state import WEIGHTS
 from spvit_mm.convert.structure import SOURCES
-from spvit_mm.engine import UserError, launch
+from spvit_mm.utils import UserError
 
 
 def parse_args(argv: list):
-    parser = launch.ArgumentParser(prog='convert.py', description=__doc__)
+    parser = ArgumentParser(prog='convert.py', description=__doc__)
     parser.add_argument('src', help='the checkpoint to read')
     parser.add_argument('out', help='the .pth to write; its config is OUT with .py')
     parser.add_argument(
@@ -61,4 +62,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'convert.py')
+    run_cli(main, 'convert.py')

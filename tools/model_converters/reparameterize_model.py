@@ -6,12 +6,18 @@ Gives the same outputs and computes no prior any more.
 
 import torch
 
-from spvit_mm.engine import UserError, launch
-from spvit_mm.utils import check_new_file, whole_file
+from spvit_mm.apis import (
+    ArgumentParser,
+    building,
+    load_config,
+    load_trained_model,
+    run_cli,
+)
+from spvit_mm.utils import UserError, check_new_file, whole_file
 
 
 def main(argv: list) -> None:
-    parser = launch.ArgumentParser(prog='reparameterize_model.py', description=__doc__)
+    parser = ArgumentParser(prog='reparameterize_model.py', description=__doc__)
     parser.add_argument('config', help='path of the config of the training')
     parser.add_argument('checkpoint', help='path of the trained checkpoint')
     parser.add_argument('out', help='the checkpoint to write (.pth)')
@@ -28,15 +34,15 @@ def main(argv: list) -> None:
     )
     args = parser.parse_args(argv)
     out = check_new_file(args.out, ('.pth',), args.force)
-    cfg = launch.load_config(args.config)
-    model, checkpoint = launch.load_trained_model(cfg, args.checkpoint)
+    cfg = load_config(args.config)
+    model, checkpoint = load_trained_model(cfg, args.checkpoint)
     backbone = getattr(model, 'backbone', None)
     if not hasattr(backbone, 'switch_to_deploy'):
         raise UserError(
             f'The model of {args.config} has no backbone with a deploy form, such as '
             f'SPViT; its backbone is {type(backbone).__name__}.'
         )
-    with launch.building(f'{args.checkpoint} cannot be deployed'):
+    with building(f'{args.checkpoint} cannot be deployed'):
         backbone.switch_to_deploy(tuple(args.grid) if args.grid else None)
     grid = tuple(args.grid or backbone.patch_resolution)
     meta = {**checkpoint.get('meta', {}), 'deploy_grid': grid}
@@ -51,4 +57,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'reparameterize_model.py')
+    run_cli(main, 'reparameterize_model.py')

@@ -5,13 +5,13 @@ attention of every head, one PNG a layer."""
 import os
 import os.path as osp
 
-from spvit_mm.engine import UserError, launch
-from spvit_mm.engine.samples import load_model, load_samples
+from spvit_mm.apis import ArgumentParser, building, load_model, load_samples, run_cli
 from spvit_mm.explain import draw_query_attention, query_attention
+from spvit_mm.utils import UserError
 
 
 def main(argv: list) -> None:
-    parser = launch.ArgumentParser(prog='show_attention.py', description=__doc__)
+    parser = ArgumentParser(prog='show_attention.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument(
@@ -35,7 +35,7 @@ def main(argv: list) -> None:
     args = parser.parse_args(argv)
     cfg, model = load_model(args.config, args.checkpoint)
     (sample,) = load_samples(cfg, model, [args.image] if args.image else None, 1)
-    with launch.building('No attention to show'):
+    with building('No attention to show'):
         layers = query_attention(model, sample.inputs[None], tuple(args.query))
     wanted = args.layers or range(1, len(layers) + 1)
     wrong = [i for i in wanted if not 1 <= i <= len(layers)]
@@ -54,4 +54,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'show_attention.py')
+    run_cli(main, 'show_attention.py')

@@ -5,8 +5,7 @@ an animation where --out ends in .gif."""
 
 import os.path as osp
 
-from spvit_mm.engine import UserError, launch
-from spvit_mm.engine.samples import load_model
+from spvit_mm.apis import ArgumentParser, building, load_model, run_cli
 from spvit_mm.explain import (
     animate_priors,
     collect_priors,
@@ -18,11 +17,11 @@ from spvit_mm.explain import (
     write_focus,
     write_gif,
 )
-from spvit_mm.utils import prepare_picture
+from spvit_mm.utils import UserError, prepare_picture
 
 
 def main(argv: list) -> None:
-    parser = launch.ArgumentParser(prog='show_priors.py', description=__doc__)
+    parser = ArgumentParser(prog='show_priors.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument(
         'checkpoint',
@@ -86,7 +85,7 @@ def main(argv: list) -> None:
             names = ['first', 'second']
         figure = draw_comparison(dict(zip(names, (maps, other), strict=True)))
     elif animated:
-        with launch.building('No animation'):
+        with building('No animation'):
             frames = animate_priors(steps, title)
     elif len(steps) > 1:
         figure = draw_strip(steps, title)
@@ -105,7 +104,7 @@ def main(argv: list) -> None:
 def load_maps(config, checkpoint, grid):
     """The priors of a checkpoint."""
     _, model = load_model(config, checkpoint)
-    with launch.building('No picture'):
+    with building('No picture'):
         return collect_priors(model, grid)
 
 
@@ -115,4 +114,4 @@ def unique(names, name):
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'show_priors.py')
+    run_cli(main, 'show_priors.py')

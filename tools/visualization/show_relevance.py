@@ -7,8 +7,7 @@ import os.path as osp
 
 import torch
 
-from spvit_mm.engine import UserError, launch
-from spvit_mm.engine.samples import load_model, load_samples
+from spvit_mm.apis import ArgumentParser, building, load_model, load_samples, run_cli
 from spvit_mm.explain import (
     RELEVANCE_METHODS,
     class_scores,
@@ -16,11 +15,11 @@ from spvit_mm.explain import (
     perturbation_test,
     relevance_maps,
 )
-from spvit_mm.utils import prepare_picture
+from spvit_mm.utils import UserError, prepare_picture
 
 
 def main(argv: list) -> None:
-    parser = launch.ArgumentParser(prog='show_relevance.py', description=__doc__)
+    parser = ArgumentParser(prog='show_relevance.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument(
@@ -68,13 +67,13 @@ def main(argv: list) -> None:
         name = osp.splitext(osp.basename(config))[0].split('_1x')[0]
         samples = load_samples(cfg, model, args.images, args.count)
         pictures = pictures or [sample.picture for sample in samples]
-        with launch.building('No relevance'):
+        with building('No relevance'):
             found = explain(model, samples, args)
         for method, maps, words in found:
             columns.append((f'{name}\n{method}', maps))
             captions.append(words)
         if args.perturb:
-            with launch.building('No perturbation test'):
+            with building('No perturbation test'):
                 rows += perturb(cfg, model, name, args)
         if args.compare is None:
             break
@@ -162,4 +161,4 @@ def report(rows, path, count):
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'show_relevance.py')
+    run_cli(main, 'show_relevance.py')

@@ -6,15 +6,21 @@ import os
 import mmcv
 import numpy as np
 import torch
+from mmengine.config import DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
 
-from spvit_mm.engine import (
-    UserError,
-    check_seg_dataset,
-    launch,
-    load_whole_checkpoint,
+from spvit_mm.apis import (
+    ArgumentParser,
+    building,
+    check_checkpoint,
+    load_config,
+    run_cli,
+    scope_of,
 )
+from spvit_mm.engine import check_seg_dataset, load_whole_checkpoint
+from spvit_mm.engine.data_checks import building_data
+from spvit_mm.utils import UserError
 
 
 def colour(mask, palette):
@@ -25,7 +31,7 @@ def colour(mask, palette):
 
 
 def main(argv: list) -> None:
-    parser = launch.ArgumentParser(prog='show_segmentation.py', description=__doc__)
+    parser = ArgumentParser(prog='show_segmentation.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument('--out', default='segmentation.png', help='the PNG to write')
@@ -33,19 +39,17 @@ def main(argv: list) -> None:
         '--number', type=int, default=6, help='how many images (default: 6)'
     )
     parser.add_argument(
-        '--cfg-options', nargs='+', action=launch.DictAction, metavar='KEY=VALUE'
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE'
     )
     args = parser.parse_args(argv)
     if args.number < 1:
         raise UserError(f'--number must be at least 1, got {args.number}.')
     if not args.out.endswith('.png'):
         raise UserError(f'--out must end in .png, got {args.out}.')
-    launch.check_checkpoint(args.checkpoint)
-    cfg = launch.load_config(args.config, args.cfg_options)
-    if launch.scope_of(cfg) != 'mmseg':
-        raise UserError(
-            f'{args.config} is of the scope {launch.scope_of(cfg)}, not mmseg.'
-        )
+    check_checkpoint(args.checkpoint)
+    cfg = load_config(args.config, args.cfg_options)
+    if scope_of(cfg) != 'mmseg':
+        raise UserError(f'{args.config} is of the scope {scope_of(cfg)}, not mmseg.')
     init_default_scope('mmseg')
 
     import matplotlib
@@ -54,9 +58,9 @@ def main(argv: list) -> None:
     import matplotlib.pyplot as plt
     from mmseg.registry import DATASETS
 
-    with launch.building_data(cfg.test_dataloader, 'test'):
+    with building_data(cfg.test_dataloader, 'test'):
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    with launch.building(f'The model of {args.config} cannot be built'):
+    with building(f'The model of {args.config} cannot be built'):
         model = MODELS.build(cfg.model).eval()
     check_seg_dataset(dataset, 'test', model.decode_head.num_classes)
     load_whole_checkpoint(model, args.checkpoint)
@@ -88,4 +92,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch.run_cli(main, 'show_segmentation.py')
+    run_cli(main, 'show_segmentation.py')

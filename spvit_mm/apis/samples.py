@@ -11,7 +11,8 @@ from mmengine.registry import DATASETS
 from PIL import Image, UnidentifiedImageError
 
 from ..utils import UserError
-from . import launch
+from .cli import building
+from .configs import load_config, load_trained_model
 
 
 def load_model(config: str, checkpoint: str):
@@ -23,8 +24,8 @@ def load_model(config: str, checkpoint: str):
     Raises:
         UserError: For a config or checkpoint that cannot be taken.
     """
-    cfg = launch.load_config(config)
-    model, _ = launch.load_trained_model(cfg, checkpoint)
+    cfg = load_config(config)
+    model, _ = load_trained_model(cfg, checkpoint)
     return cfg, model
 
 
@@ -65,7 +66,7 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
     settings = cfg.test_dataloader.dataset
     samples = []
     if paths:
-        with launch.building('The test pipeline cannot be built'):
+        with building('The test pipeline cannot be built'):
             pipeline = Compose(settings.pipeline)
         loads = str(settings.pipeline[0]['type']).endswith('LoadImageFromFile')
         for path in paths:
@@ -79,7 +80,7 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
         return samples
     if count < 1:
         raise UserError(f'At least 1 image must be shown, got {count}.')
-    with launch.building('The test data set cannot be built'):
+    with building('The test data set cannot be built'):
         dataset = DATASETS.build(settings)
     count = min(count, len(dataset))
     for i in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist():

@@ -1,0 +1,122 @@
+"""What every command line shares: its options, and errors told in words."""
+
+import argparse
+import atexit
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Optional
+
+import torch.distributed as dist
+from mmengine.config import DictAction
+
+from ..utils import CorruptImageError, UserError, describe_error
+
+TRACEBACK = 'SPVIT_MM_TRACEBACK'
+
+
+def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
+    """Run a command line; a user's mistake is one message and exit code 2.
+
+    Args:
+        main (callable): Takes the list of arguments.
+        prog (str): Name of the command, put before the message.
+        argv (list, optional): The arguments. Defaults to those of the process.
+    """
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        # One that a data-loading worker raised comes with the worker's traceback.
+        message = str(error).rsplit(f'{CorruptImageError.__name__}: ', 1)[-1]
+        print(f'{prog}: error: {message.strip()}', file=sys.stderr)
+        raise SystemExit(2) from None
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == 'gloo':
+        # Threads of gloo outlive the interpreter's end, which now and then makes it
+        # "terminate called" with all work done; destroying the group does not help.
+        # Loggers, trackers and data workers still get their own end.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+@contextmanager
+def building(what: str):
+    """Turn errors of building from a config into a UserError.
+
+    Set the environment variable SPVIT_MM_TRACEBACK to see where they were raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        KeyError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = describe_error(error)
+        raise UserError(
+            f'{what}: {type(error).__name__}: {reason} (set {TRACEBACK}=1 to see '
+            'where this was raised)'
+        ) from error
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose ``key=value`` options end in a usage error as well."""
+
+    def parse_args(self, args=None, namespace=None):
+        try:
+            return super().parse_args(args, namespace)
+        except ValueError as error:
+            self.error(f'--cfg-options takes key=value pairs ({error})')
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add the option that changes entries of the config."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='change entries of the config before all other options act on it: '
+        'model.backbone.depth=12, key="[a,b]", key="[(a,b),(c,d)]" (quoted, without '
+        'spaces)',
+    )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share."""
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument(
+        '--work-dir',
+        help='where logs and checkpoints go (default: work_dir of the config, else '
+        './work_dirs/<name of the config>)',
+    )
+    parser.add_argument(
+        '--amp',
+        action='store_true',
+        help='automatic mixed precision; bfloat16 where there is no accelerator',
+    )
+    add_cfg_options(parser)
+    parser.add_argument(
+        '--no-pin-memory', action='store_true', help='no pinned memory for batches'
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher of a distributed run',
+    )
+    parser.add_argument(
+        '--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS
+    )
