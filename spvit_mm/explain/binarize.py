@@ -6,7 +6,8 @@ import torch
 import torch.nn as nn
 
 from ..models import SpatialPriorAttention
-from ..ops.masked import make_block_mask, mask_impl, masked_prior_attention
+from ..ops.flex import make_block_mask
+from ..ops.masked import mask_impl, masked_prior_attention
 from .recording import record_attention
 
 CRITERIA = ('offsets', 'mass')

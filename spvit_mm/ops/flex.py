@@ -10,15 +10,23 @@ from __future__ import annotations
 
 import warnings
 from functools import lru_cache
+from types import FunctionType
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from .prior import pair_offsets
+
 try:
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 except ImportError:  # torch < 2.5
-    flex_attention = None
+    create_block_mask = flex_attention = None
+
+# Kernels that are kept, one for each shape. Compiling one takes tens of seconds.
+MAX_KERNELS = 32
+# What torch.compile builds them with.
+BACKEND = 'inductor'
 
 
 @lru_cache(maxsize=1)
@@ -73,23 +81,47 @@ def make_score_mod(table: Tensor, hw: tuple[int, int], num_extra_tokens: int):
     Returns:
         Callable: FlexAttention's ``score_mod(score, b, h, q_idx, kv_idx)``.
     """
-    height, width = hw
     one_head = table.shape[0] == 1
 
     def score_mod(score, b, h, q_idx, kv_idx):
-        # Extra tokens take some valid offset here and are set to 1 below: an
-        # index must stay inside the table even where its value is not used.
-        i = (q_idx - num_extra_tokens).clamp(min=0)
-        j = (kv_idx - num_extra_tokens).clamp(min=0)
-        dy = j // width - i // width + height - 1
-        dx = j % width - i % width + width - 1
+        dy, dx, extra = pair_offsets(q_idx, kv_idx, hw, num_extra_tokens)
         omega = table[h * 0 if one_head else h, dy, dx]
         if num_extra_tokens:
-            extra = (q_idx < num_extra_tokens) | (kv_idx < num_extra_tokens)
             omega = torch.where(extra, torch.ones_like(omega), omega)
         return score * omega
 
     return score_mod
+
+
+def make_block_mask(keep: Tensor, hw: tuple[int, int], num_extra_tokens: int = 0):
+    """FlexAttention's BlockMask of the pairs that are kept.
+
+    Args:
+        keep (Tensor): ``(heads or 1, 2H-1, 2W-1)``, bool.
+        hw (tuple[int, int]): Rows and columns ``(H, W)`` of the grid.
+        num_extra_tokens (int): Tokens in front of the grid's. Defaults to 0.
+
+    Returns:
+        BlockMask: For all images of a batch.
+    """
+    if create_block_mask is None:
+        raise ValueError(f'torch {torch.__version__} has no BlockMask (2.5 does).')
+    length = num_extra_tokens + hw[0] * hw[1]
+    heads = keep.shape[0]
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        dy, dx, extra = pair_offsets(q_idx, kv_idx, hw, num_extra_tokens)
+        # The attention asks for its own head also where one mask serves all.
+        return keep[h if heads > 1 else h * 0, dy, dx] | extra
+
+    return create_block_mask(
+        mask_mod,
+        None,
+        heads if heads > 1 else None,
+        length,
+        length,
+        device=str(keep.device),
+    )
 
 
 def flex_attention_uncompiled(
@@ -116,11 +148,30 @@ def flex_attention_uncompiled(
     )
 
 
-@lru_cache(maxsize=1)
-def _compiled():
-    # One compiled function for all layers: its cache is keyed by shapes, dtypes,
-    # grid and scale, so that every layer of a network reuses the first's kernel.
-    return torch.compile(flex_attention_uncompiled, dynamic=False)
+def _kernel_key(q, k, v, table, hw, scale, num_extra_tokens, block_mask=None) -> tuple:
+    """All that a compiled kernel depends on."""
+    tensors = (
+        (x.device, x.dtype, x.shape, x.stride(), x.requires_grad)
+        for x in (q, k, v, table)
+    )
+    masked = None if block_mask is None else block_mask.shape
+    settings = (*hw, scale, num_extra_tokens, masked, torch.is_grad_enabled())
+    return (*tensors, settings)
+
+
+@lru_cache(maxsize=MAX_KERNELS)
+def _kernel(key: tuple):
+    """A compiled :func:`flex_attention_uncompiled` for one key.
+
+    torch counts what it compiles by code object, and after 8 shapes
+    (``torch._dynamo.config.recompile_limit``) runs one uncompiled, all pairs in
+    memory. A copy of the code has a count of its own.
+    """
+    plain = flex_attention_uncompiled
+    height, width = key[-1][:2]
+    code = plain.__code__.replace(co_name=f'flex_attention_{height}x{width}')
+    copy = FunctionType(code, plain.__globals__, code.co_name, plain.__defaults__)
+    return torch.compile(copy, dynamic=False, backend=BACKEND)
 
 
 def flex_prior_attention(
@@ -132,24 +183,27 @@ def flex_prior_attention(
     scale: float,
     num_extra_tokens: int,
     compiling: bool,
+    block_mask=None,
 ) -> Tensor:
     """``softmax(omega * (q k^T * scale)) v`` in one fused kernel.
 
     Compiled once per shape (tens of seconds) unless the caller is itself being
-    compiled. Arguments as in :func:`~spvit_mm.ops.spatial_prior_attention`,
-    already checked.
+    compiled. The last :data:`MAX_KERNELS` shapes keep their kernels. Arguments as
+    in :func:`flex_attention_uncompiled`, already checked.
     """
+    table = table.float()
     if not torch.is_grad_enabled():
         # On the CPU FlexAttention refuses tensors that require gradients even then.
         q, k, v, table = (x.detach() for x in (q, k, v, table))
-    function = flex_attention_uncompiled if compiling else _compiled()
-    return function(q, k, v, table.float(), tuple(hw), scale, num_extra_tokens)
+    args = (q, k, v, table, tuple(hw), scale, num_extra_tokens, block_mask)
+    function = flex_attention_uncompiled if compiling else _kernel(_kernel_key(*args))
+    return function(*args)
 
 
-# What was tried, by all that the compiled kernel depends on.
+# Kernels that were tried and work, by key.
 _tried: set[tuple] = set()
-# Kinds of inputs with which it failed; their other shapes are not tried any more.
-_failed: set[tuple] = set()
+# Kinds of inputs of which no other shape is tried.
+_ended: set[tuple] = set()
 
 
 def flex_works(
@@ -168,7 +222,8 @@ def flex_works(
     shared memory than the device has, or for a compiler that is missing, and its
     backward half is built as late as the backward pass. So the first call with a
     shape runs both with a gradient of zeros; what it compiles serves the calls to come.
-    The first failure of a kind of inputs is told in a warning.
+    After a failure, or :data:`MAX_KERNELS` shapes, others of that kind of inputs are not
+    tried: a warning says so once.
 
     Arguments as in :func:`flex_prior_attention`, and:
 
@@ -180,16 +235,19 @@ def flex_works(
             fault, and a kernel that takes more would not help.
     """
     inputs = (q, k, v, table)
-    kind = (q.device, q.dtype, q.shape[-1], v.shape[-1], needs_grad)
-    if kind in _failed:
-        return False
-    key = (
-        *kind,
-        *((x.shape, x.stride(), x.requires_grad) for x in inputs),
-        (*hw, scale, num_extra_tokens),
-    )
+    key = (needs_grad, *_kernel_key(*inputs, hw, scale, num_extra_tokens))
     if key in _tried:
         return True
+    kind = (q.device, q.dtype, q.shape[-1], v.shape[-1], needs_grad)
+    if kind in _ended:
+        return False
+    if len(_tried) >= MAX_KERNELS:
+        _ended.add(kind)
+        _warn_of_eager(
+            f'FlexAttention has been compiled for {len(_tried)} shapes, which is as '
+            'many as are kept; others'
+        )
+        return False
     try:
         trial = [
             x.detach().requires_grad_(needs_grad and x.requires_grad) for x in inputs
@@ -201,16 +259,22 @@ def flex_works(
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # compilers raise errors of every class
-        _failed.add(kind)
+        _ended.add(kind)
         reason = str(error).strip().splitlines() or ['no message']
-        warnings.warn(
+        _warn_of_eager(
             f'FlexAttention does not run here for {q.dtype} with {q.shape[-1]} channels '
-            f"a head ({type(error).__name__}: {reason[0]}), so attn_impl='auto' takes "
-            "'eager', which needs memory for all pairs of tokens. attn_impl='chunked' "
-            'needs less.',
-            RuntimeWarning,
-            stacklevel=3,
+            f'a head ({type(error).__name__}: {reason[0]}), so these inputs'
         )
         return False
     _tried.add(key)
     return True
+
+
+def _warn_of_eager(why: str) -> None:
+    warnings.warn(
+        f"{why} take 'eager' under attn_impl='auto', which needs memory for all pairs "
+        "of tokens. attn_impl='chunked' needs less; attn_impl='flex' compiles in any "
+        'case.',
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .flex import flex_attention_uncompiled, why_not_flex
+from .flex import flex_prior_attention, make_block_mask, why_not_flex
 from .prior import check_table, expand_pairs
-
-try:
-    from torch.nn.attention.flex_attention import create_block_mask
-except ImportError:  # torch < 2.5
-    create_block_mask = None
 
 MASK_IMPLS = ('auto', 'dense', 'block')
 
@@ -95,10 +89,10 @@ def masked_prior_attention(
             raise ValueError(f"impl='block' cannot run here: {reason}. Take 'dense'.")
         if block_mask is None:
             block_mask = make_block_mask(keep, hw, num_extra_tokens)
-        function = _compiled() if q.device.type == 'cuda' else flex_attention_uncompiled
-        return function(
-            q, k, v, prior.float(), tuple(hw), scale, num_extra_tokens, block_mask
-        )
+        # Uncompiled it is slow, and needs no compiler.
+        compiled = q.device.type == 'cuda'
+        args = (q, k, v, prior, hw, scale, num_extra_tokens)
+        return flex_prior_attention(*args, not compiled, block_mask)
     return _dense(q, k, v, prior, keep, hw, scale, num_extra_tokens, dropout_p)
 
 
@@ -111,45 +105,3 @@ def _dense(q, k, v, prior, keep, hw, scale, num_extra_tokens, dropout_p):
     scores = (scores.to(dtype) * omega).masked_fill(~pairs, float('-inf'))
     attn = F.dropout(scores.softmax(dim=-1), dropout_p)
     return torch.matmul(attn.to(v.dtype), v)
-
-
-def make_block_mask(keep: Tensor, hw: tuple[int, int], num_extra_tokens: int = 0):
-    """FlexAttention's BlockMask of the pairs that are kept.
-
-    Args:
-        keep (Tensor): ``(heads or 1, 2H-1, 2W-1)``, bool.
-        hw (tuple[int, int]): Rows and columns ``(H, W)`` of the grid.
-        num_extra_tokens (int): Tokens in front of the grid's. Defaults to 0.
-
-    Returns:
-        BlockMask: For all images of a batch.
-    """
-    if create_block_mask is None:
-        raise ValueError(f'torch {torch.__version__} has no BlockMask (2.5 does).')
-    height, width = hw
-    length = num_extra_tokens + height * width
-    heads = keep.shape[0]
-
-    def mask_mod(b, h, q_idx, kv_idx):
-        i = (q_idx - num_extra_tokens).clamp(min=0)
-        j = (kv_idx - num_extra_tokens).clamp(min=0)
-        dy = j // width - i // width + height - 1
-        dx = j % width - i % width + width - 1
-        # The attention asks for its own head also where one mask serves all.
-        kept = keep[h if heads > 1 else h * 0, dy, dx]
-        extra = (q_idx < num_extra_tokens) | (kv_idx < num_extra_tokens)
-        return kept | extra
-
-    return create_block_mask(
-        mask_mod,
-        None,
-        heads if heads > 1 else None,
-        length,
-        length,
-        device=str(keep.device),
-    )
-
-
-@lru_cache(maxsize=1)
-def _compiled():
-    return torch.compile(flex_attention_uncompiled, dynamic=False)

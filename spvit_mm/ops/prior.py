@@ -99,3 +99,26 @@ def row_slice(y: int, hw: tuple[int, int]) -> slice:
     height, width = hw
     start = (height - 1 - y) * width
     return slice(start, start + height * width)
+
+
+def pair_offsets(i: Tensor, j: Tensor, hw: tuple[int, int], num_extra_tokens: int):
+    """Where a table holds the values of queries ``i`` and keys ``j``.
+
+    Args:
+        i (Tensor): Numbers of tokens, the extra ones counted; any shape.
+        j (Tensor): The same of the keys; the shapes broadcast.
+        hw (tuple[int, int]): Rows and columns ``(H, W)`` of the grid.
+        num_extra_tokens (int): Tokens in front of the grid's.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Row ``dy + H-1`` and column ``dx + W-1`` of the
+        table, and whether an extra token is in the pair; then row and column point
+        somewhere inside the table, and mean nothing.
+    """
+    height, width = hw
+    extra = (i < num_extra_tokens) | (j < num_extra_tokens)
+    i = (i - num_extra_tokens).clamp(min=0)
+    j = (j - num_extra_tokens).clamp(min=0)
+    dy = j // width - i // width + height - 1
+    dx = j % width - i % width + width - 1
+    return dy, dx, extra

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from spvit_mm.ops import chunked as chunked_module
 from spvit_mm.ops import expand_prior, spatial_prior_attention
 from spvit_mm.ops import flex as flex_module
-from spvit_mm.ops.eager import eager_attention
 from spvit_mm.ops.flex import flex_attention, flex_attention_uncompiled
 
 # The package's attribute of that name is not the module.
@@ -550,6 +549,86 @@ def test_bad_input_is_refused_by_name(changes, message):
         call(**changes)
 
 
+# --- FlexAttention's kernels: compiled for each shape, tried first under 'auto'
+
+
+class Backend:
+    """Runs the captured graph as it is, in place of Triton, and counts the graphs."""
+
+    def __init__(self, work=None):
+        self.graphs = 0
+        self.work = work
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        if self.work is None:
+            return graph.forward
+        return lambda *args: [self.work(x) for x in graph.forward(*args)]
+
+
+@pytest.fixture
+def flex_backend(monkeypatch):
+    """Let 'auto' choose on the CPU as it does on CUDA, with a backend of ours."""
+
+    def install(work=None):
+        backend = Backend(work)
+        monkeypatch.setattr(flex_module, 'BACKEND', backend)
+        return backend
+
+    def start_anew():
+        torch._dynamo.reset()
+        flex_module._kernel.cache_clear()
+
+    monkeypatch.setattr(attention_module, '_choose', lambda *_: 'flex')
+    monkeypatch.setattr(flex_module, '_tried', set())
+    monkeypatch.setattr(flex_module, '_ended', set())
+    start_anew()
+    yield install
+    start_anew()
+
+
+def on_grid(hw, attn_impl='auto', table=None):
+    """Attention on a grid, by one kernel and by the eager one."""
+    q, k, v, ones = sample(1, 2, hw, 1, 16, 2, torch.float32)
+    q, k, v = (x.detach() for x in (q, k, v))
+    table = ones.detach() if table is None else table
+    return [
+        spatial_prior_attention(q, k, v, table, hw, num_extra_tokens=1, attn_impl=impl)
+        for impl in (attn_impl, 'eager')
+    ]
+
+
+@needs_flex
+@pytest.mark.parametrize(('impl', 'shapes'), [('auto', 20), ('flex', 10)])
+def test_flex_compiles_every_shape_and_keeps_it(flex_backend, impl, shapes):
+    # torch itself runs a function uncompiled after 8.
+    backend = flex_backend()
+    grids = [(2, width) for width in range(2, 2 + shapes)]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for hw in (*grids, *grids):
+            torch.testing.assert_close(*on_grid(hw, impl))
+    assert backend.graphs == shapes
+
+
+@needs_flex
+def test_auto_says_once_that_more_shapes_are_not_compiled(flex_backend, monkeypatch):
+    backend = flex_backend()
+    monkeypatch.setattr(flex_module, 'MAX_KERNELS', 2)
+    on_grid((2, 2))
+    on_grid((2, 3))
+    with pytest.warns(RuntimeWarning, match="for 2 shapes.*take 'eager'") as caught:
+        torch.testing.assert_close(*on_grid((2, 4)))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for width in (2, 3, 4, 5):
+            on_grid((2, width))
+    assert backend.graphs == 2
+    torch.testing.assert_close(*on_grid((2, 4), 'flex'))
+    assert backend.graphs == 3
+
+
 class FailsBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -557,71 +636,41 @@ class FailsBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        raise RuntimeError('no kernel')
-
-
-@pytest.fixture
-def auto_takes_flex(monkeypatch):
-    """As on CUDA, with a stand-in for the compiled kernel that counts its calls."""
-    calls = []
-
-    def install(work):
-        def flex(q, k, v, table, hw, scale, extra, compiling):
-            calls.append(q.shape)
-            return work(eager_attention(q, k, v, table, hw, scale, extra, 0.0))
-
-        for module in (attention_module, flex_module):
-            monkeypatch.setattr(module, 'flex_prior_attention', flex)
-        return calls
-
-    monkeypatch.setattr(attention_module, '_choose', lambda *_: 'flex')
-    monkeypatch.setattr(flex_module, '_tried', set())
-    monkeypatch.setattr(flex_module, '_failed', set())
-    return install
+        raise RuntimeError('no kernel\nand a long story')
 
 
 def fails_forward(out):
     raise RuntimeError('no kernel\nand a long story')
 
 
+@needs_flex
 @pytest.mark.parametrize('work', [fails_forward, FailsBackward.apply])
-def test_auto_falls_back_where_flex_does_not_compile(auto_takes_flex, work):
-    calls = auto_takes_flex(work)
-    q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
+def test_auto_falls_back_where_flex_does_not_compile(flex_backend, work):
+    backend = flex_backend(work)
     table = torch.randn(2, 3, 5).requires_grad_()
-    expected = spatial_prior_attention(q, k, v, table, (2, 3), attn_impl='eager')
-    (grad,) = torch.autograd.grad(expected.square().sum(), table)
     with pytest.warns(RuntimeWarning, match=r'RuntimeError: no kernel\)') as caught:
-        out = spatial_prior_attention(q, k, v, table, (2, 3))
+        out, expected = on_grid((2, 3), table=table)
     assert len(caught) == 1
     torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), table)[0], grad)
+    got, want = (
+        torch.autograd.grad(x.square().sum(), table)[0] for x in (out, expected)
+    )
+    torch.testing.assert_close(got, want)
     # told once, and not tried again with other shapes
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        spatial_prior_attention(q[:1], k[:1], v[:1], table, (2, 3))
-    assert len(calls) == 1
+        on_grid((2, 4), table=torch.randn(2, 3, 7).requires_grad_())
+    assert backend.graphs == 1
 
 
-def test_auto_tries_flex_once_for_every_shape(auto_takes_flex):
-    calls = auto_takes_flex(lambda out: out)
-    q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
-    table = torch.randn(2, 3, 5)
-    for _ in range(3):
-        spatial_prior_attention(q, k, v, table, (2, 3))
-    assert len(calls) == 4
-    spatial_prior_attention(q[:1], k[:1], v[:1], table, (2, 3))
-    assert len(calls) == 6
-
-
-def test_running_out_of_memory_is_not_flex_to_blame(auto_takes_flex):
+@needs_flex
+def test_running_out_of_memory_is_not_flex_to_blame(flex_backend):
     def work(out):
         raise torch.cuda.OutOfMemoryError('full')
 
-    auto_takes_flex(work)
-    q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
+    flex_backend(work)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        spatial_prior_attention(q, k, v, torch.randn(2, 3, 5), (2, 3))
+        on_grid((2, 3))
 
 
 def test_expand_prior_refuses_another_grid():

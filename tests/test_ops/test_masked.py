@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from spvit_mm.ops import spatial_prior_attention
-from spvit_mm.ops.flex import why_not_flex
-from spvit_mm.ops.masked import make_block_mask, masked_prior_attention
+from spvit_mm.ops.flex import make_block_mask, why_not_flex
+from spvit_mm.ops.masked import masked_prior_attention
 
 HEADS = 3
 CASES = [((3, 4), 0), ((2, 3), 1), ((1, 5), 2), ((1, 1), 0)]
