@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from spvit_mm.ops import chunked as chunked_module
 from spvit_mm.ops import expand_prior, spatial_prior_attention
 from spvit_mm.ops import flex as flex_module
-from spvit_mm.ops.eager import eager_attention
 from spvit_mm.ops.flex import flex_attention, flex_attention_uncompiled
 
 # The package's attribute of that name is not the module.
@@ -550,6 +549,23 @@ def test_bad_input_is_refused_by_name(changes, message):
         call(**changes)
 
 
+@pytest.fixture
+def auto_takes_flex(monkeypatch):
+    """As on CUDA; a backend of torch.compile that needs no compiler stands in."""
+
+    def install(backend):
+        compiled = torch.compile(
+            flex_attention_uncompiled, backend=backend, dynamic=False
+        )
+        monkeypatch.setattr(flex_module, '_compiled', lambda: compiled)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(attention_module, '_choose', lambda *_: 'flex')
+    monkeypatch.setattr(flex_module, '_tried', set())
+    monkeypatch.setattr(flex_module, '_failed', set())
+    return install
+
+
 class FailsBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -560,65 +576,63 @@ class FailsBackward(torch.autograd.Function):
         raise RuntimeError('no kernel')
 
 
-@pytest.fixture
-def auto_takes_flex(monkeypatch):
-    """As on CUDA, with a stand-in for the compiled kernel that counts its calls."""
-    calls = []
-
-    def install(work):
-        def flex(q, k, v, table, hw, scale, extra, compiling):
-            calls.append(q.shape)
-            return work(eager_attention(q, k, v, table, hw, scale, extra, 0.0))
-
-        for module in (attention_module, flex_module):
-            monkeypatch.setattr(module, 'flex_prior_attention', flex)
-        return calls
-
-    monkeypatch.setattr(attention_module, '_choose', lambda *_: 'flex')
-    monkeypatch.setattr(flex_module, '_tried', set())
-    monkeypatch.setattr(flex_module, '_failed', set())
-    return install
-
-
-def fails_forward(out):
+def no_kernel(graph, inputs):
     raise RuntimeError('no kernel\nand a long story')
 
 
-@pytest.mark.parametrize('work', [fails_forward, FailsBackward.apply])
-def test_auto_falls_back_where_flex_does_not_compile(auto_takes_flex, work):
-    calls = auto_takes_flex(work)
+def no_backward_kernel(graph, inputs):
+    return lambda *args: tuple(map(FailsBackward.apply, graph.forward(*args)))
+
+
+@needs_flex
+@pytest.mark.parametrize('needs_grad', [False, True])
+def test_auto_falls_back_where_flex_does_not_compile(auto_takes_flex, needs_grad):
+    auto_takes_flex(no_backward_kernel if needs_grad else no_kernel)
     q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
-    table = torch.randn(2, 3, 5).requires_grad_()
+    table = torch.randn(2, 3, 5, requires_grad=needs_grad)
     expected = spatial_prior_attention(q, k, v, table, (2, 3), attn_impl='eager')
-    (grad,) = torch.autograd.grad(expected.square().sum(), table)
-    with pytest.warns(RuntimeWarning, match=r'RuntimeError: no kernel\)') as caught:
+    with pytest.warns(RuntimeWarning, match='does not run here') as caught:
         out = spatial_prior_attention(q, k, v, table, (2, 3))
     assert len(caught) == 1
     torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), table)[0], grad)
-    # told once, and not tried again with other shapes
+    if needs_grad:
+        grads = [
+            torch.autograd.grad(x.square().sum(), table)[0] for x in (out, expected)
+        ]
+        torch.testing.assert_close(*grads)
+    # told once, with other shapes too
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         spatial_prior_attention(q[:1], k[:1], v[:1], table, (2, 3))
-    assert len(calls) == 1
 
 
-def test_auto_tries_flex_once_for_every_shape(auto_takes_flex):
-    calls = auto_takes_flex(lambda out: out)
+@needs_flex
+def test_auto_takes_flex_where_it_works(auto_takes_flex):
+    graphs = []
+
+    def counts(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    auto_takes_flex(counts)
     q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
     table = torch.randn(2, 3, 5)
+    expected = spatial_prior_attention(q, k, v, table, (2, 3), attn_impl='eager')
     for _ in range(3):
-        spatial_prior_attention(q, k, v, table, (2, 3))
-    assert len(calls) == 4
-    spatial_prior_attention(q[:1], k[:1], v[:1], table, (2, 3))
-    assert len(calls) == 6
+        out = spatial_prior_attention(q, k, v, table, (2, 3))
+        torch.testing.assert_close(out, expected)
+    assert len(graphs) == 1  # a kernel for a shape, made once
+    out = spatial_prior_attention(q[:1], k[:1], v[:1], table, (2, 3))
+    torch.testing.assert_close(out, expected[:1])
+    assert len(graphs) == 2
 
 
+@needs_flex
 def test_running_out_of_memory_is_not_flex_to_blame(auto_takes_flex):
-    def work(out):
+    def full(*inputs):
         raise torch.cuda.OutOfMemoryError('full')
 
-    auto_takes_flex(work)
+    auto_takes_flex(lambda graph, inputs: full)
     q, k, v = torch.randn(3, 2, 2, 6, 4).unbind(0)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         spatial_prior_attention(q, k, v, torch.randn(2, 3, 5), (2, 3))
