@@ -6,10 +6,6 @@ import pytest
 from spvit_mm.utils.requirements import check_requirements
 
 
-def test_what_is_here_will_do():
-    check_requirements()
-
-
 def test_missing_is_named():
     with pytest.raises(
         ImportError, match=r'needs mmnothing>=1.0, which is not installed'

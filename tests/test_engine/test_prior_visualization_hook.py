@@ -1,4 +1,5 @@
 import json
+from unittest.mock import Mock
 
 import cv2
 import pytest
@@ -8,6 +9,7 @@ from mmengine.runner import Runner
 
 from spvit_mm.engine import PriorVisualizationHook
 from spvit_mm.explain import collect_priors, head_focus
+from spvit_mm.models import MLPSpatialPrior
 
 from . import tiny
 
@@ -75,22 +77,11 @@ def test_bad_interval(interval):
         PriorVisualizationHook(interval=interval)
 
 
-def test_only_switched_on_things_are_logged():
-    class Visualizer:
-        images = scalars = 0
-
-        def add_image(self, *args):
-            self.images += 1
-
-        def add_scalars(self, *args):
-            self.scalars += 1
-
-    class TheRunner:
-        visualizer = Visualizer()
-        epoch = iter = 0
-
-    from spvit_mm.models import MLPSpatialPrior
-
-    TheRunner.model = torch.nn.ModuleDict({'prior': MLPSpatialPrior(2)})
-    PriorVisualizationHook(images=False, grid=(3, 3)).before_train(TheRunner)
-    assert (Visualizer.images, TheRunner.visualizer.scalars) == (0, 1)
+@pytest.mark.parametrize(('images', 'scalars'), [(True, False), (False, True)])
+def test_only_switched_on_things_are_logged(images, scalars):
+    model = torch.nn.ModuleDict({'prior': MLPSpatialPrior(2)})
+    runner = Mock(model=model, epoch=0, iter=0)
+    hook = PriorVisualizationHook(images=images, scalars=scalars, grid=(3, 3))
+    hook.before_train(runner)
+    assert runner.visualizer.add_image.called == images
+    assert runner.visualizer.add_scalars.called == scalars
