@@ -8,7 +8,6 @@ from .convert import (
     convert_to_mm,
     convert_to_released,
 )
-from .safe_load import load_checkpoint_safely
 
 __all__ = [
     'CheckpointError',
@@ -18,5 +17,4 @@ __all__ = [
     'convert_file',
     'convert_to_mm',
     'convert_to_released',
-    'load_checkpoint_safely',
 ]

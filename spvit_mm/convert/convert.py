@@ -10,10 +10,9 @@ from typing import Optional
 import torch
 from mmengine.logging import MMLogger
 
-from ..utils import CheckpointError
+from ..utils import CheckpointError, read_checkpoint
 from ..version import __version__
 from . import config
-from .safe_load import Record, load_checkpoint_safely
 from .state import (
     add_neutral_priors,
     as_float32,
@@ -97,7 +96,9 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
 
-def convert_file(src, out, source='auto', target='mm', options=None, force=False):
+def convert_file(
+    src, out, source='auto', target='mm', options=None, force=False, trust=False
+):
     """Convert a checkpoint file, and write the config beside it.
 
     Args:
@@ -110,6 +111,7 @@ def convert_file(src, out, source='auto', target='mm', options=None, force=False
             released code, without a config. Defaults to 'mm'.
         options (Options, optional): What the weights do not say.
         force (bool): Overwrite what exists. Defaults to False.
+        trust (bool): See :func:`~spvit_mm.utils.read_checkpoint`. Defaults to False.
 
     Returns:
         Conversion: What was written.
@@ -125,7 +127,7 @@ def convert_file(src, out, source='auto', target='mm', options=None, force=False
     paths = [out] if target == 'spvit' else [out, out.with_suffix('.py')]
     _check_outputs(src, paths, force)
 
-    content = load_checkpoint_safely(src)
+    content = read_checkpoint(src, trust)
     if target == 'spvit':
         result = convert_to_released(content, options)
     else:
@@ -150,7 +152,7 @@ def convert_to_mm(
     """Convert the content of a file to our names, with its config.
 
     Args:
-        content (object): What :func:`load_checkpoint_safely` returned.
+        content (object): What :func:`~spvit_mm.utils.read_checkpoint` returned.
         source (str): See :func:`convert_file`.
         options (Options, optional): See :class:`Options`.
         src_name (str): Name of the source file, for the config's comment.
@@ -343,7 +345,7 @@ def _cls_token_layer(structure, source, content, options, notes):
     if structure.num_spsa_layers:
         return min(structure.num_spsa_layers, last)
     args = content.get('args') if isinstance(content, dict) else None
-    given = args.get('local_up_to_layer') if isinstance(args, Record) else None
+    given = getattr(args, 'local_up_to_layer', None)
     if isinstance(given, int) and 0 < given <= last:
         layer, why = given, 'the file says so (args.local_up_to_layer)'
     else:

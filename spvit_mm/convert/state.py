@@ -22,7 +22,7 @@ def pick_state_dict(content, weights='auto'):
     """Take the weights out of what a file holds.
 
     Args:
-        content (object): What :func:`load_checkpoint_safely` returned.
+        content (object): What :func:`~spvit_mm.utils.read_checkpoint` returned.
         weights (str): 'ema', 'plain', or 'auto': EMA where there is one.
             mmengine's EMAHook stores the EMA as ``state_dict`` and the plain
             weights as ``ema_state_dict``. Defaults to 'auto'.

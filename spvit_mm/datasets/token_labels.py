@@ -25,7 +25,7 @@ from mmpretrain.datasets.transforms import (
 )
 from mmpretrain.registry import DATASETS
 
-from ..utils import LabelMapError, whole_file
+from ..utils import CheckpointError, LabelMapError, read_checkpoint, whole_file
 from .token_label_transforms import RecordsView
 
 # Half precision counts exactly up to here.
@@ -45,7 +45,7 @@ def label_map_dtype(num_classes):
 def read_label_map(path, num_classes=None):
     """Read a label map and check it.
 
-    Nothing but a tensor is unpickled (``weights_only``).
+    It is read by :func:`~spvit_mm.utils.read_checkpoint`, so nothing in it can run.
 
     Args:
         path (str): The file.
@@ -58,17 +58,10 @@ def read_label_map(path, num_classes=None):
         LabelMapError: With the path, if the file is missing, truncated, no
             label map, or holds other classes.
     """
-    if not osp.isfile(path):
-        raise LabelMapError(f'{path}: there is no such file')
     try:
-        label_map = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # the unpickler's errors are of many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ''
-        raise LabelMapError(
-            f'{path}: {osp.getsize(path)} bytes that torch.load(weights_only=True) '
-            f'does not take, a truncated file or no tensor ({type(error).__name__}: '
-            f'{reason[:120]})'
-        ) from error
+        label_map = read_checkpoint(path, plain=True)
+    except CheckpointError as error:
+        raise LabelMapError(str(error)) from error
     reason = _find_fault(label_map, num_classes)
     if reason:
         raise LabelMapError(f'{path}: {reason}')

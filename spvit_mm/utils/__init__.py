@@ -1,5 +1,6 @@
-"""What every other part may use: errors for users, files, figures, the ModelHub."""
+"""What every other part may use: errors, files, checkpoints, figures, the ModelHub."""
 
+from .checkpoint import read_checkpoint, safe_loader
 from .errors import (
     CheckpointError,
     CorruptImageError,
@@ -23,6 +24,8 @@ __all__ = [
     'figure_to_image',
     'new_figure',
     'prepare_picture',
+    'read_checkpoint',
+    'safe_loader',
     'unwrap_model',
     'whole_file',
 ]

@@ -206,16 +206,19 @@ def break_map(path, how):
         return 'no such file'
     if how == 'truncated':
         path.write_bytes(path.read_bytes()[:700])
-        return '700 bytes .*truncated'
+        return r'only partly downloaded \(700 bytes'
     if how == 'empty':
         path.write_bytes(b'')
         return '0 bytes'
     if how == 'html':
         path.write_text('<!DOCTYPE html><html>404</html>')
-        return 'truncated file or no tensor'
+        return 'a web page'
     if how == 'code':
+        torch.save(Evil(), path)
+        return 'asks for `eval`'
+    if how == 'pickle':
         path.write_bytes(pickle.dumps(Evil()))
-        return 'weights_only'
+        return 'a bare pickle'
     if how == 'dict':
         torch.save(dict(label=good), path)
         return 'a dict, not a tensor'
@@ -230,7 +233,7 @@ def break_map(path, how):
     return 'torch.int64'
 
 
-FAULTS = ['missing', 'truncated', 'empty', 'html', 'code', 'dict', 'shape', 'grid', 'integers', 'nan', 'negative', 'fraction'] + ['class id', 'nan id']  # fmt: skip
+FAULTS = ['missing', 'truncated', 'empty', 'html', 'code', 'pickle', 'dict', 'shape', 'grid', 'integers', 'nan', 'negative', 'fraction'] + ['class id', 'nan id']  # fmt: skip
 
 
 @pytest.mark.parametrize('how', FAULTS)
