@@ -18,34 +18,9 @@ load_from = 'checkpoints/deit-small_in1k.pth'
 
 optim_wrapper = dict(
     constructor='LearningRateDecayOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
-    paramwise_cfg=dict(
-        _delete_=True,
-        layer_decay_rate=0.75,
-        norm_decay_mult=0.0,
-        bias_decay_mult=0.0,
-        flat_decay_mult=0.0,
-        custom_keys={
-            '.cls_token': dict(decay_mult=0.0),
-            '.pos_embed': dict(decay_mult=0.0),
-        },
-    ),
+    optimizer=dict(lr=5e-4),
+    paramwise_cfg=dict(layer_decay_rate=0.75),
 )
-param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1e-3,
-        by_epoch=True,
-        end=5,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min=1e-6,
-        by_epoch=True,
-        begin=5,
-        end=50,
-        convert_to_iter_based=True,
-    ),
-]
+__warmup, __cosine = _base_.param_scheduler
+param_scheduler = [__warmup, dict(__cosine, end=50)]
 train_cfg = dict(max_epochs=50)

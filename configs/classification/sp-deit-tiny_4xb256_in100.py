@@ -3,7 +3,7 @@
 _base_ = [
     '../_base_/models/sp-deit-small.py',
     '../_base_/datasets/imagenet100_bs256_swin_224.py',
-    'mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py',
+    '../_base_/schedules/imagenet_bs1024_deit_300e.py',
     '../_base_/default_runtime.py',
 ]
 
@@ -15,13 +15,3 @@ model = dict(
     ),
 )
 data_preprocessor = dict(num_classes=100)
-
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            '.cls_token': dict(decay_mult=0.0),
-            '.pos_embed': dict(decay_mult=0.0),
-        }
-    ),
-    clip_grad=dict(max_norm=5.0),
-)

@@ -6,8 +6,10 @@ model = dict(
     head=dict(in_channels=768),
 )
 
-train_pipeline = _base_.train_pipeline
-train_pipeline[3]['num_policies'] = 3
+train_pipeline = [
+    dict(step, num_policies=3) if step['type'] == 'RandAugment' else step
+    for step in _base_.train_pipeline
+]
 train_dataloader = dict(batch_size=4, dataset=dict(pipeline=train_pipeline))
 optim_wrapper = dict(accumulative_counts=4)
 

@@ -6,7 +6,9 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-test_pipeline = _base_.test_pipeline
-test_pipeline[1]['scale'] = 224
+test_pipeline = [
+    dict(step, scale=224) if step['type'] == 'ResizeEdge' else step
+    for step in _base_.test_pipeline
+]
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader

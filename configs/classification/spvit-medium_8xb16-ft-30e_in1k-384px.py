@@ -1,15 +1,15 @@
 # Fine-tunes SP-ViT-M at 384 pixels, batch 128, test crop 1.0.
-_base_ = [
-    '../_base_/models/spvit-medium.py',
-    '../_base_/datasets/imagenet_bs32_lvvit_384.py',
-    '../_base_/schedules/imagenet_ft_30e.py',
-    '../_base_/default_runtime.py',
+_base_ = './spvit-small_8xb32-ft-30e_in1k-384px.py'
+
+model = dict(
+    backbone=dict(arch='spvit-medium', drop_path_rate=0.2),
+    head=dict(in_channels=512),
+)
+
+test_pipeline = [
+    dict(step, scale=384) if step['type'] == 'ResizeEdge' else step
+    for step in _base_.test_pipeline
 ]
-
-model = dict(backbone=dict(img_size=384))
-
-test_pipeline = _base_.test_pipeline
-test_pipeline[1]['scale'] = 384
 train_dataloader = dict(batch_size=16)
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader

@@ -1,30 +1,19 @@
 # Fine-tunes SP-ViT-M at 384 pixels with 24 x 24 token labels: 86.0 in the paper.
-# The position embedding is resized on load.
-_base_ = [
-    '../_base_/models/spvit-medium.py',
-    '../_base_/datasets/imagenet_bs32_tokenlabel_384.py',
-    '../_base_/schedules/imagenet_ft_30e.py',
-    '../_base_/default_runtime.py',
-]
+_base_ = './spvit-small_8xb32-tokenlabel-ft-30e_in1k-384px.py'
 
 model = dict(
-    type='TokenLabelClassifier',
-    backbone=dict(img_size=384, out_type='raw'),
-    head=dict(
-        _delete_=True,
-        type='TokenLabelClsHead',
-        num_classes=1000,
-        in_channels=512,
-    ),
+    backbone=dict(arch='spvit-medium', drop_path_rate=0.2),
+    head=dict(in_channels=512),
 )
 
-test_pipeline = _base_.test_pipeline
-test_pipeline[1]['scale'] = 384  # test crop 1.0
+# test crop 1.0
+test_pipeline = [
+    dict(step, scale=384) if step['type'] == 'ResizeEdge' else step
+    for step in _base_.test_pipeline
+]
 train_dataloader = dict(batch_size=16)
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-
 auto_scale_lr = dict(base_batch_size=128)
 
-# Its state_dict holds the moving average of the training at 224.
 load_from = 'work_dirs/spvit-medium_8xb128-tokenlabel-300e_in1k/epoch_310.pth'

@@ -30,16 +30,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(topk=1)
 test_evaluator = val_evaluator
 
-param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1e-3,
-        by_epoch=True,
-        end=5,
-        convert_to_iter_based=True,
-    ),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=5, end=100),
-]
+__warmup, __cosine = _base_.param_scheduler
+param_scheduler = [dict(__warmup, start_factor=1e-3), dict(__cosine, end=100)]
 train_cfg = dict(max_epochs=100)
 auto_scale_lr = dict(enable=True)
 

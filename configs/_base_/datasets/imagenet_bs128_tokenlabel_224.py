@@ -6,10 +6,16 @@ _base_ = './imagenet_bs128_lvvit_224.py'
 
 label_root = 'data/label_top5_train_nfnet'
 
-train_pipeline = _base_.train_pipeline
-train_pipeline[1]['type'] = 'TokenLabelRandomResizedCrop'
-train_pipeline[2]['type'] = 'TokenLabelRandomFlip'
-train_pipeline[5]['type'] = 'PackTokenLabelInputs'
+# Two underscores keep a name out of the config.
+__types = dict(
+    RandomResizedCrop='TokenLabelRandomResizedCrop',
+    RandomFlip='TokenLabelRandomFlip',
+    PackInputs='PackTokenLabelInputs',
+)
+train_pipeline = [
+    dict(step, type=__types.get(step['type'], step['type']))
+    for step in _base_.train_pipeline
+]
 
 train_dataloader = dict(
     dataset=dict(

@@ -2,19 +2,17 @@
 # 224, test crop 0.9.
 _base_ = './imagenet_bs128_lvvit_224.py'
 
-train_pipeline = _base_.train_pipeline
-train_pipeline[1]['scale'] = 384
+# Two underscores keep a name out of the config.
+__changes = dict(
+    RandomResizedCrop=dict(scale=384),
+    ResizeEdge=dict(scale=426),  # 384 / 0.9
+    CenterCrop=dict(crop_size=384),
+)
+train_pipeline = [
+    dict(step, **__changes.get(step['type'], {})) for step in _base_.train_pipeline
+]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(
-        type='ResizeEdge',
-        scale=426,  # 384 / 0.9
-        edge='short',
-        backend='pillow',
-        interpolation='bicubic',
-    ),
-    dict(type='CenterCrop', crop_size=384),
-    dict(type='PackInputs'),
+    dict(step, **__changes.get(step['type'], {})) for step in _base_.test_pipeline
 ]
 
 train_dataloader = dict(batch_size=32, dataset=dict(pipeline=train_pipeline))

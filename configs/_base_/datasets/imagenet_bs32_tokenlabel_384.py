@@ -1,19 +1,18 @@
 # ImageNet-1k at 384 pixels with label maps: the targets are 24 x 24.
-_base_ = './imagenet_bs32_lvvit_384.py'
+_base_ = './imagenet_bs128_tokenlabel_224.py'
 
-label_root = 'data/label_top5_train_nfnet'
-
-train_pipeline = _base_.train_pipeline
-train_pipeline[1]['type'] = 'TokenLabelRandomResizedCrop'
-train_pipeline[2]['type'] = 'TokenLabelRandomFlip'
-train_pipeline[5]['type'] = 'PackTokenLabelInputs'
-
-train_dataloader = dict(
-    dataset=dict(
-        _delete_=True,
-        type='TokenLabelDataset',
-        dataset=dict(type='ImageNet', data_root='data/imagenet', split='train'),
-        label_root=label_root,
-        pipeline=train_pipeline,
-    )
+__changes = dict(
+    TokenLabelRandomResizedCrop=dict(scale=384),
+    ResizeEdge=dict(scale=426),  # 384 / 0.9
+    CenterCrop=dict(crop_size=384),
 )
+train_pipeline = [
+    dict(step, **__changes.get(step['type'], {})) for step in _base_.train_pipeline
+]
+test_pipeline = [
+    dict(step, **__changes.get(step['type'], {})) for step in _base_.test_pipeline
+]
+
+train_dataloader = dict(batch_size=32, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(batch_size=32, dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader

@@ -1,23 +1,20 @@
 _base_ = './seg_bs16_512x512.py'
 
 crop_size = (512, 1024)
+
+# Two underscores keep a name out of the config.
+__changes = dict(
+    RandomResize=dict(scale=(2048, 1024)),
+    RandomCrop=dict(crop_size=crop_size),
+    Resize=dict(scale=(2048, 1024)),
+)
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(
-        type='RandomResize', scale=(2048, 1024), ratio_range=(0.5, 2.0), keep_ratio=True
-    ),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(step, **__changes.get(step['type'], {})) for step in _base_.train_pipeline
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(2048, 1024), keep_ratio=True),
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
+    dict(step, **__changes.get(step['type'], {})) for step in _base_.test_pipeline
 ]
+
 common = dict(type='CityscapesDataset', data_root='data/cityscapes')
 train_dataloader = dict(
     dataset=dict(

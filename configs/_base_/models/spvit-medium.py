@@ -1,20 +1,6 @@
+_base_ = './spvit-small.py'
+
 model = dict(
-    type='ImageClassifier',
-    backbone=dict(
-        type='SPViT',
-        arch='spvit-medium',
-        img_size=224,
-        drop_path_rate=0.2,
-    ),
-    neck=None,
-    head=dict(
-        type='VisionTransformerClsHead',
-        num_classes=1000,
-        in_channels=512,
-        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
-    ),
-    init_cfg=[
-        dict(type='TruncNormal', layer='Linear', std=0.02),
-        dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
-    ],
+    backbone=dict(arch='spvit-medium', drop_path_rate=0.2),
+    head=dict(in_channels=512),
 )

@@ -1,36 +1,11 @@
-optim_wrapper = dict(
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0,
-        bias_decay_mult=0.0,
-        flat_decay_mult=0.0,
-        custom_keys={
-            '.cls_token': dict(decay_mult=0.0),
-            '.pos_embed': dict(decay_mult=0.0),
-        },
-    ),
-    clip_grad=dict(max_norm=5.0),
-)
+_base_ = './adamw_cosine.py'
 
-param_scheduler = [
-    dict(
-        type='LinearLR',
-        start_factor=1e-3,
-        by_epoch=True,
-        end=10,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type='CosineAnnealingLR',
-        eta_min=1e-5,
-        by_epoch=True,
-        begin=10,
-        convert_to_iter_based=True,
-    ),
-]
+optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=5.0))
 
-train_cfg = dict(by_epoch=True, max_epochs=200, val_interval=5)
-val_cfg = dict()
-test_cfg = dict()
+# Two underscores keep a name out of the config.
+__warmup, __cosine = _base_.param_scheduler
+param_scheduler = [dict(__warmup, end=10), dict(__cosine, begin=10)]
+
+train_cfg = dict(max_epochs=200, val_interval=5)
 
 auto_scale_lr = dict(base_batch_size=128)
