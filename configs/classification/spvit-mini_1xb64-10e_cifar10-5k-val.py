@@ -2,6 +2,6 @@
 # for choosing a recipe, which the test images must not take part in.
 _base_ = './spvit-mini_1xb64-10e_cifar10-5k.py'
 
-held_out = dict(data_prefix='train', indices=list(range(5, 50000, 20)))
+held_out = dict(data_prefix='train', indices=range(5, 50000, 20))
 val_dataloader = dict(dataset=held_out)
 test_dataloader = dict(dataset=held_out)
