@@ -3,20 +3,24 @@
 _base_ = './spvit-mini_1xb64-20e_digits.py'
 
 model = dict(
+    type='TokenLabelClassifier',
     backbone=dict(out_type='raw'),
-    head=dict(dense_weight=1.0),
-    mix_token_alpha=1.0,
+    head=dict(_delete_=True, type='TokenLabelClsHead', num_classes=10, in_channels=64),
 )
 
-train_pipeline = _base_.train_pipeline
-train_pipeline[1]['type'] = 'TokenLabelRandomResizedCrop'
-train_pipeline[2]['type'] = 'PackTokenLabelInputs'
+__types = dict(
+    RandomResizedCrop='TokenLabelRandomResizedCrop', PackInputs='PackTokenLabelInputs'
+)
+train_pipeline = [
+    dict(step, type=__types.get(step['type'], step['type']))
+    for step in _base_.train_pipeline
+]
 train_dataloader = dict(
     dataset=dict(
         _delete_=True,
         type='TokenLabelDataset',
-        dataset=dict(type='CustomDataset', data_prefix={{_base_.data_root}} + 'train'),
-        label_root={{_base_.data_root}} + 'token_labels',
+        dataset=dict(type='CustomDataset', data_prefix=_base_.data_root + 'train'),
+        label_root=_base_.data_root + 'token_labels',
         pipeline=train_pipeline,
     )
 )

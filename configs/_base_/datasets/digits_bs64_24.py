@@ -1,5 +1,4 @@
 # scikit-learn's 1,797 handwritten digits, 8 x 8 pixels shown at 24 x 24.
-dataset_type = 'Digits'
 data_preprocessor = dict(
     num_classes=10,
     mean=[78.0, 78.0, 78.0],
@@ -22,14 +21,14 @@ train_dataloader = dict(
     batch_size=64,
     num_workers=0,
     persistent_workers=False,
-    dataset=dict(type=dataset_type, split='train', pipeline=train_pipeline),
+    dataset=dict(type='Digits', split='train', pipeline=train_pipeline),
     sampler=dict(type='DefaultSampler', shuffle=True),
 )
 val_dataloader = dict(
     batch_size=180,
     num_workers=0,
     persistent_workers=False,
-    dataset=dict(type=dataset_type, split='test', pipeline=test_pipeline),
+    dataset=dict(type='Digits', split='test', pipeline=test_pipeline),
     sampler=dict(type='DefaultSampler', shuffle=False),
 )
 val_evaluator = dict(type='Accuracy', topk=(1,))
