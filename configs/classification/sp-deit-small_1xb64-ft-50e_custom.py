@@ -21,4 +21,6 @@ optim_wrapper = dict(
     optimizer=dict(lr=5e-4),
     paramwise_cfg=dict(layer_decay_rate=0.75),
 )
+__warmup, __cosine = _base_.param_scheduler
+param_scheduler = [__warmup, dict(__cosine, end=50)]
 train_cfg = dict(max_epochs=50)

@@ -9,5 +9,7 @@ _base_ = [
 # As many as metainfo has classes.
 model = dict(decode_head=dict(num_classes=2), auxiliary_head=dict(num_classes=2))
 
+__warmup, __decay = _base_.param_scheduler
+param_scheduler = [__warmup, dict(__decay, end=20000)]
 train_cfg = dict(max_iters=20000, val_interval=2000)
 default_hooks = dict(checkpoint=dict(interval=2000))

@@ -1,20 +1,54 @@
-import re
-from pathlib import Path
+"""The documents name configs that exist, and their examples build."""
 
+import re
+
+import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
 
-ROOT = Path(__file__).parents[2]
+from .small import ROOT
+
+DOCUMENTS = [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')]
 
 
-def test_readme_replaces_an_arch(tmp_path, mmpretrain_scope):
-    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
-    (text,) = (block for block in blocks if '_delete_' in block)
-    config = tmp_path / 'mine.py'
-    config.write_text(text.replace("'configs/", f"'{ROOT}/configs/"))
+@pytest.fixture
+def example(tmp_path):
+    """Reads the config in a document: the one code block with a word of it."""
+
+    def read(document, word):
+        blocks = re.findall(r'```python\n(.*?)```', (ROOT / document).read_text(), re.S)
+        (text,) = (block for block in blocks if word in block)
+        path = tmp_path / 'mine.py'
+        path.write_text(text.replace("'configs/", f"'{ROOT}/configs/"))
+        return Config.fromfile(path)
+
+    return read
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
+def test_configs_that_a_document_names_exist(document):
+    for path in re.findall(r'configs/[\w/.-]+\.py', document.read_text()):
+        assert (ROOT / path).is_file(), path
+
+
+def test_readme_replaces_an_arch(example, mmpretrain_scope):
+    cfg = example('README.md', '_delete_')
     with torch.device('meta'):
-        model = MODELS.build(Config.fromfile(config).model)
+        model = MODELS.build(cfg.model)
     assert len(model.backbone.layers) == 8
     assert model.backbone.embed_dims == model.head.in_channels == 256
     assert sum(layer.takes_grid for layer in model.backbone.layers) == 6
+
+
+def test_segmentation_takes_other_classes(example):
+    pytest.importorskip('mmseg.models')
+    cfg = example('docs/segmentation.md', 'metainfo')
+    with DefaultScope.overwrite_default_scope('mmseg'), torch.device('meta'):
+        model = MODELS.build({**cfg.model, '_scope_': 'mmseg'})
+    assert model.decode_head.conv_seg.out_channels == 3
+    assert model.auxiliary_head.conv_seg.out_channels == 3
+    for split in ('train', 'val', 'test'):
+        metainfo = cfg[f'{split}_dataloader'].dataset.metainfo
+        assert metainfo.classes == ('paper', 'ink', 'stamp')

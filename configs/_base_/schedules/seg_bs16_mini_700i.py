@@ -1,0 +1,13 @@
+# For the small model: a short warm-up, then half a cosine.
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
+    clip_grad=dict(max_norm=1.0),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=100, end=700),
+]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=700, val_interval=350)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
