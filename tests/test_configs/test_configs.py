@@ -5,12 +5,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.visualization import Visualizer
 from mmpretrain.registry import HOOKS, METRICS, MODELS, PARAM_SCHEDULERS
 from PIL import Image
 
-from .small import PATHS, names, read, shrink
+from .small import PATHS, ROOT, names, read, shrink
 
 CLASSIFIERS = [*names('classification'), *names('token_labeling')]
 NAME = re.compile(
@@ -70,6 +71,9 @@ def test_two_configs_of_one_name_build_one_model():
     other = 'spvit-mini_upernet_1xb16-200i_folder-64x96'
     for part in ('backbone', 'neck', 'test_cfg'):
         assert read(one).model[part] == read(other).model[part]
+    for one in ('spvit-medium_8xb128-300e_in1k', 'spvit-large_8xb100-300e_in1k'):
+        base = ROOT / 'configs/_base_/models' / f'{one.split("_")[0]}.py'
+        assert read(one).model == Config.fromfile(base).model
 
 
 # REFERENCE, training recipe: drop path, images a step and when fine-tuned,
