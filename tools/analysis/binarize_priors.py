@@ -14,7 +14,7 @@ from mmengine.runner import Runner, set_random_seed
 
 from spvit_mm.engine import UserError, launch
 from spvit_mm.engine.samples import load_model
-from spvit_mm.explain import BinarizedAttention, binarize, offset_mass
+from spvit_mm.explain import binarize, offset_mass
 from spvit_mm.explain.binarize import CRITERIA
 from spvit_mm.utils import new_figure, prepare_picture
 
@@ -99,14 +99,11 @@ def main(argv: list) -> None:
         one = deepcopy(model)
         kept = binarize(one, masses, grid, share, args.by, args.ones)
         row = [share, *kept, accuracy(one, test)]
-        kind = next(m.last_impl for m in one.modules() if is_binarized(m))
         if args.finetune:
             finetune(one, train, cfg.optim_wrapper, args)
             row.append(accuracy(one, test))
         rows.append(row)
         print('  '.join(f'{value:9.4f}' for value in row), flush=True)
-    words = {'dense': 'a dense mask', 'block': "FlexAttention's BlockMask"}
-    print(f'Masked by {words[kind]} ({get_device()}).')
     draw(header, rows, args.by).savefig(out, dpi=120)
     table = osp.splitext(out)[0] + '.csv'
     with open(table, 'w', newline='') as file:
@@ -114,10 +111,6 @@ def main(argv: list) -> None:
         writer.writerow(header)
         writer.writerows([f'{value:.6g}' for value in row] for row in rows)
     print(f'Written: {out} and {table}')
-
-
-def is_binarized(module):
-    return isinstance(module, BinarizedAttention)
 
 
 @torch.no_grad()
