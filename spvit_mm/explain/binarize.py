@@ -6,8 +6,7 @@ import torch
 import torch.nn as nn
 
 from ..models import SpatialPriorAttention
-from ..ops.flex import make_block_mask
-from ..ops.masked import mask_impl, masked_prior_attention
+from ..ops import check_keep, expand_prior, spatial_prior_attention
 from .recording import record_attention
 
 CRITERIA = ('offsets', 'mass')
@@ -25,19 +24,23 @@ class BinarizedAttention(nn.Module):
         hw (Tuple[int, int]): The grid (H, W) of ``keep``, the only one taken.
         ones (bool): Whether the kept offsets take prior 1 in place of the
             learned one. Defaults to False.
-        impl (str): See :func:`~spvit_mm.ops.masked.masked_prior_attention`.
-            Defaults to 'auto'.
+        impl (str): The kernel, see
+            :func:`~spvit_mm.ops.spatial_prior_attention`; 'dense' is another name
+            of 'eager' and 'block' of 'flex', whose BlockMask alone skips what is
+            masked. Defaults to 'auto'.
+
+    Raises:
+        ValueError: If ``keep`` is no such table.
     """
 
     def __init__(self, attn, keep, hw, ones=False, impl='auto'):
         super().__init__()
+        check_keep(keep, hw)
         self.attn = attn
         self.register_buffer('keep', keep)
         self.hw = tuple(hw)
         self.ones = ones
-        self.impl = impl
-        self.last_impl = None
-        self._block_mask = None
+        self.attn_impl = {'dense': 'eager', 'block': 'flex'}.get(impl, impl)
 
     def forward(self, x, hw_shape, omega=None):
         if tuple(hw_shape) != self.hw:
@@ -51,32 +54,19 @@ class BinarizedAttention(nn.Module):
         elif omega is None and attn.prior is not None:
             omega = attn.prior(hw_shape, x.device)
         q, k, v = attn.project_qkv(x, hw_shape)
-        dropout_p = attn.attn_drop if self.training else 0.0
-        self.last_impl = self.impl
-        if self.impl == 'auto':
-            self.last_impl = mask_impl(q, v, torch.is_grad_enabled(), dropout_p)
-        out = masked_prior_attention(
+        out = spatial_prior_attention(
             q,
             k,
             v,
             omega,
-            self.keep,
             hw_shape,
+            keep=self.keep,
             scale=attn.scale,
             num_extra_tokens=attn.num_extra_tokens,
-            dropout_p=dropout_p,
-            impl=self.last_impl,
-            block_mask=self._blocks() if self.last_impl == 'block' else None,
+            dropout_p=attn.attn_drop if self.training else 0.0,
+            attn_impl=self.attn_impl,
         )
         return attn.merge_heads(out, v)
-
-    def _blocks(self):
-        """The BlockMask, made once for each device."""
-        device = self.keep.device
-        if self._block_mask is None or self._block_mask[0] != device:
-            mask = make_block_mask(self.keep, self.hw, self.attn.num_extra_tokens)
-            self._block_mask = device, mask
-        return self._block_mask[1]
 
 
 class OffsetMass(NamedTuple):
@@ -134,12 +124,9 @@ def offset_mass(model, batches):
 
 def _offset_index(hw, device):
     """The flat table index of every pair, (N, N)."""
-    height, width = hw
-    y = torch.arange(height, device=device).repeat_interleave(width)
-    x = torch.arange(width, device=device).repeat(height)
-    dy = y[None] - y[:, None] + height - 1
-    dx = x[None] - x[:, None] + width - 1
-    return dy * (2 * width - 1) + dx
+    size = (2 * hw[0] - 1, 2 * hw[1] - 1)
+    index = torch.arange(size[0] * size[1], device=device)
+    return expand_prior(index.view(1, *size), hw)[0]
 
 
 def fold_pairs(pairs, hw):

@@ -5,6 +5,6 @@ folder into your project; importing it as ``spvit_mm.ops`` imports all of spvit_
 """
 
 from .attention import ATTN_IMPLS, spatial_prior_attention
-from .prior import expand_prior
+from .prior import check_keep, expand_prior
 
-__all__ = ['ATTN_IMPLS', 'expand_prior', 'spatial_prior_attention']
+__all__ = ['ATTN_IMPLS', 'check_keep', 'expand_prior', 'spatial_prior_attention']

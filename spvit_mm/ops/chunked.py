@@ -3,21 +3,24 @@
 A block is a few rows of the grid for all heads of one image (or all rows of
 several images, when they are small). For each block
 
-    S = scale * q k^T          E = exp(omega * S - m)          out = E v / rowsum(E)
+    S = scale * q k^T      E = exp(omega * S + beta - m)      out = E v / rowsum(E)
 
 where ``m`` is a shift per row that a softmax does not see. It is needed only
 where ``exp`` comes near the ends of the type's range, and the row sums tell when
 that was so: then, and for what follows in the call, the block is done again with
 the row's maximum as its shift. So almost every network is spared the two passes
 over the block that a shift costs. The division by the row's sum is left to the
-(rows, d) result.
+(rows, d) result. A pair that is not kept has beta = -inf, so that its E is 0.
 
 The backward pass computes each block afresh (as FlashAttention does, Dao et al.,
-arXiv 2205.14135): saved are q, k, v, the table, the result and one or two numbers
+arXiv 2205.14135): saved are q, k, v, the tables, the result and one or two numbers
 a row. With ``g' = g / rowsum(E)`` and ``D = rowsum(g' * out)``,
 
-    dV = E^T g'      dL = E * (g' v^T - D)      dTable = fold(sum over images of dL * S)
-    dS = omega * dL  dQ = scale * dS k          dK = scale * dS^T q
+    dV = E^T g'            dL = E * (g' v^T - D)
+    dS = omega * dL        dQ = scale * dS k           dK = scale * dS^T q
+
+and the tables' gradients are folded from the sums over images, of dL * S for the
+prior and of dL for the bias.
 """
 
 from __future__ import annotations
@@ -80,84 +83,46 @@ def plan_blocks(
     return Plan(1, max(1, min(height, rows)))
 
 
-class _Prior:
-    """The prior as the blocks need it: multiplied in place, and its gradient.
+class _Table:
+    """A table as the blocks need it, and its gradient.
 
-    For several images whose rows all lie in one block the prior of all pairs is
+    For several images whose rows all lie in one block the values of all pairs are
     written once and shared by them; else each row of the grid is a view of the strip.
     """
 
-    def __init__(self, table: Tensor, hw, extra: int, plan: Plan, batch: int) -> None:
-        self.hw, self.extra = hw, extra
-        self.strip = expand_columns(table, hw)
-        self.whole = None
-        if plan.rows == hw[0] and batch > 1:
+    def __init__(self, table: Tensor, hw, whole: bool) -> None:
+        self.hw, self.heads = hw, table.shape[0]
+        self.values = self.strip = expand_columns(table, hw)
+        if whole:
             width, tokens = hw[1], hw[0] * hw[1]
-            self.whole = table.new_empty(table.shape[0], tokens, tokens)
+            self.values = table.new_empty(self.heads, tokens, tokens)
             for y in range(hw[0]):
-                rows = self.whole[:, y * width : (y + 1) * width]
+                rows = self.values[:, y * width : (y + 1) * width]
                 rows.copy_(self.strip[:, :, row_slice(y, hw)])
         self.grad: Optional[Tensor] = None
 
-    def mul(self, scores: Tensor, out: Tensor, y0: int, y1: int, first: int) -> None:
-        """``out = omega * scores`` for rows ``y0..y1`` of the grid.
+    def add_grad(self, at: tuple, one: Tensor, other: Optional[Tensor]) -> None:
+        """Add ``one``, or ``one * other``, summed over images, to the gradient.
 
-        Args:
-            scores (Tensor): ``(images, heads, rows, tokens)``.
-            out (Tensor): Like ``scores``, or ``scores`` itself.
-            y0 (int): First row of the grid.
-            y1 (int): One past the last.
-            first (int): Extra tokens among the block's queries; prior 1.
+        Both are ``(images, heads, rows, H * W)`` and lie at ``at`` of the values.
+        ``other`` is used up.
         """
-        width, extra = self.hw[1], self.extra
-        if extra and out is not scores:
-            out[..., :extra].copy_(scores[..., :extra])
-            out[:, :, :first].copy_(scores[:, :, :first])
-        if self.whole is not None:
-            grid = (..., slice(first, None), slice(extra, None))
-            torch.mul(scores[grid], self.whole, out=out[grid])
-            return
-        for y in range(y0, y1):
-            low = first + (y - y0) * width
-            grid = (..., slice(low, low + width), slice(extra, None))
-            rows = self.strip[:, :, row_slice(y, self.hw)]
-            torch.mul(scores[grid], rows, out=out[grid])
-
-    def add_grad(self, d_logits: Tensor, scores: Tensor, y0, y1, first) -> None:
-        """Add ``sum over images of d_logits * scores`` to the gradient of the prior.
-
-        Both are ``(images, heads, rows, tokens)``; ``scores`` is used up.
-        """
-        width = self.hw[1]
-        grad_rows = d_logits[:, :, first:, self.extra :]
-        rows = scores[:, :, first:, self.extra :]
-        heads = rows.shape[1]
         if self.grad is None:
-            shape = (self.strip if self.whole is None else self.whole).shape[1:]
-            self.grad = rows.new_zeros(heads, *shape)
-        one = rows.shape[0] == 1
-        if not one:
-            rows.mul_(grad_rows)
-        if self.whole is not None:
-            if one:
-                self.grad.addcmul_(rows[0], grad_rows[0])
-            else:
-                self.grad.add_(rows.sum(0))
-            return
-        for y in range(y0, y1):
-            at = slice((y - y0) * width, (y - y0 + 1) * width)
-            into = self.grad[:, :, row_slice(y, self.hw)]
-            if one:
-                into.addcmul_(rows[0, :, at], grad_rows[0, :, at])
-            else:
-                into.add_(rows[:, :, at].sum(0))
+            self.grad = one.new_zeros(one.shape[1], *self.values.shape[1:])
+        into = self.grad[at]
+        if other is None:
+            into.add_(one[0] if len(one) == 1 else one.sum(0))
+        elif len(one) == 1:
+            into.addcmul_(one[0], other[0])
+        else:
+            into.add_(other.mul_(one).sum(0))
 
-    def table_grad(self, heads: int) -> Tensor:
+    def table_grad(self) -> Tensor:
         """The table's gradient, ``(heads, 2H-1, 2W-1)``; one head sums them all."""
         grad = self.grad
-        if heads == 1:
+        if self.heads == 1:
             grad = grad.sum(0, keepdim=True)
-        if self.whole is not None:
+        if self.values is not self.strip:
             width = self.hw[1]
             strip = torch.zeros_like(self.strip)
             for y in range(self.hw[0]):
@@ -165,6 +130,70 @@ class _Prior:
                 strip[:, :, row_slice(y, self.hw)].add_(rows)
             grad = strip
         return fold_columns(grad, self.hw)
+
+
+class _Tables:
+    """The prior and the bias, where there are, on the scores of a block.
+
+    In every method, ``y0`` and ``y1`` are the block's first row of the grid and one
+    past its last, and ``first`` counts the extra tokens among its queries.
+    """
+
+    def __init__(self, prior, bias, hw, extra: int, plan: Plan, batch: int) -> None:
+        self.hw, self.extra = hw, extra
+        self.whole = plan.rows == hw[0] and batch > 1
+        self.prior, self.bias = (
+            None if table is None else _Table(table, hw, self.whole)
+            for table in (prior, bias)
+        )
+
+    def _parts(self, y0: int, y1: int, first: int):
+        """Yield where pairs of patches lie, in the block and in a table's values."""
+        grid = slice(self.extra, None)
+        if self.whole:
+            yield (..., slice(first, None), grid), (...,)
+            return
+        width = self.hw[1]
+        for y in range(y0, y1):
+            low = first + (y - y0) * width
+            yield (..., slice(low, low + width), grid), (..., row_slice(y, self.hw))
+
+    def logits(self, scores: Tensor, out: Tensor, y0: int, y1: int, first: int):
+        """``out = omega * scores + beta``.
+
+        Args:
+            scores (Tensor): ``(images, heads, rows, tokens)``.
+            out (Tensor): Like ``scores``, or ``scores`` itself.
+        """
+        if out is not scores and self.extra:
+            out[..., : self.extra].copy_(scores[..., : self.extra])
+            out[:, :, :first].copy_(scores[:, :, :first])
+        for at, of in self._parts(y0, y1, first):
+            if self.prior is None:
+                torch.add(scores[at], self.bias.values[of], out=out[at])
+            elif self.bias is None:
+                torch.mul(scores[at], self.prior.values[of], out=out[at])
+            else:
+                omega, beta = self.prior.values[of], self.bias.values[of]
+                torch.addcmul(beta, scores[at], omega, out=out[at])
+
+    def multiply(self, x: Tensor, y0: int, y1: int, first: int) -> None:
+        """``x = omega * x``, for the gradient of the scores."""
+        if self.prior is not None:
+            for at, of in self._parts(y0, y1, first):
+                x[at].mul_(self.prior.values[of])
+
+    def add_grads(self, d_logits, scores: Optional[Tensor], y0, y1, first, needs):
+        """Add to the gradients of the tables that ``needs`` (prior, bias) names.
+
+        Both are ``(images, heads, rows, tokens)``; ``scores`` is used up, and is
+        not looked at without a gradient of the prior.
+        """
+        for at, of in self._parts(y0, y1, first):
+            if needs[1]:
+                self.bias.add_grad(of, d_logits[at], None)
+            if needs[0]:
+                self.prior.add_grad(of, d_logits[at], scores[at])
 
 
 def _like_projection(x: Tensor) -> Tensor:
@@ -229,17 +258,23 @@ def _generator(seed: Optional[int], device) -> Optional[torch.Generator]:
     return torch.Generator(device=device).manual_seed(seed)
 
 
-def _forward(q, k, v, table, hw, scale, extra, p, seed, plan):
+def _room(blocks: int, q: Tensor, hw, extra: int, plan: Plan) -> Tensor:
+    """Memory for that many blocks of scores, one after another."""
+    batch, heads, tokens, _ = q.shape
+    most = min(plan.images, batch) * heads * (plan.rows * hw[1] + extra) * tokens
+    return q.new_empty(blocks, most, dtype=compute_dtype(q.dtype))
+
+
+def _forward(q, k, v, prior, bias, hw, scale, extra, p, seed, plan):
     """The result, and the sums (and shifts) of the rows for the backward pass."""
     batch, heads, tokens, _ = q.shape
-    dtype = table.dtype
     generator = _generator(seed, q.device)
-    prior = _Prior(table, hw, extra, plan, batch)
+    tables = _Tables(prior, bias, hw, extra, plan, batch)
     out = _like_projection(v)
-    sums = table.new_empty(batch, heads, tokens, 1)
+    room = _room(2 if p else 1, q, hw, extra, plan)
+    dtype = room.dtype
+    sums = room.new_empty(batch, heads, tokens, 1)
     shifts = None
-    most = min(plan.images, batch) * heads * (plan.rows * hw[1] + extra) * tokens
-    room = table.new_empty(2 if p else 1, most)
     for b0, b1, rows in _blocks(plan, batch, hw, extra):
         images = b1 - b0
         n = images * heads
@@ -254,7 +289,7 @@ def _forward(q, k, v, table, hw, scale, extra, p, seed, plan):
             total = sums[b0:b1, :, t0:t1]
             while True:
                 torch.baddbmm(s, q_all[:, t0:t1], k_t, beta=0, alpha=scale, out=s)
-                prior.mul(s4, s4, y0, y1, first)
+                tables.logits(s4, s4, y0, y1, first)
                 if shifts is not None:
                     shifts[b0:b1, :, t0:t1] = s4.amax(-1, keepdim=True)
                     s4.sub_(shifts[b0:b1, :, t0:t1])
@@ -277,31 +312,15 @@ def _forward(q, k, v, table, hw, scale, extra, p, seed, plan):
     return out, sums, shifts
 
 
-def _backward(
-    grad,
-    q,
-    k,
-    v,
-    table,
-    out,
-    sums,
-    shifts,
-    needs_table,
-    hw,
-    scale,
-    extra,
-    p,
-    seed,
-    plan,
-):
-    """Gradients of q, k, v and (None unless ``needs_table``) of the table."""
+def _backward(grad, saved, needs, hw, scale, extra, p, seed, plan):
+    """Gradients of q, k, v and of the tables that ``needs`` (prior, bias) names."""
+    q, k, v, prior, bias, out, sums, shifts = saved
     batch, heads, tokens, _ = q.shape
-    dtype = table.dtype
     generator = _generator(seed, q.device)
-    prior = _Prior(table, hw, extra, plan, batch)
+    tables = _Tables(prior, bias, hw, extra, plan, batch)
     dq, dk, dv = (_like_projection(x) for x in (q, k, v))
-    most = min(plan.images, batch) * heads * (plan.rows * hw[1] + extra) * tokens
-    room = table.new_empty(4 if p else 3, most)
+    room = _room(4, q, hw, extra, plan)
+    dtype = room.dtype
     for b0, b1, rows in _blocks(plan, batch, hw, extra):
         images = b1 - b0
         n = images * heads
@@ -313,11 +332,13 @@ def _backward(
         for t0, t1, y0, y1, first in rows:
             length = t1 - t0
             four = (images, heads, length, tokens)
-            s4, e4, d4 = (x[: n * length * tokens].view(four) for x in room[:3])
+            e4, d4, s4, drop = (x[: n * length * tokens].view(four) for x in room)
+            if not needs[0]:
+                s4 = e4  # the scores serve the prior's gradient alone
             s, e, d = s4.flatten(0, 1), e4.flatten(0, 1), d4.flatten(0, 1)
             q_rows = q_all[:, t0:t1]
             torch.baddbmm(s, q_rows, k_t, beta=0, alpha=scale, out=s)
-            prior.mul(s4, e4, y0, y1, first)
+            tables.logits(s4, e4, y0, y1, first)
             if shifts is not None:
                 e4.sub_(shifts[b0:b1, :, t0:t1])
             e.exp_()
@@ -327,15 +348,15 @@ def _backward(
             torch.bmm(g, v_t, out=d)
             weights = e
             if p:
-                weights = _drop(room[3, : e.numel()].view_as(e), p, generator)
+                weights = _drop(drop.flatten(0, 1), p, generator)
                 d.mul_(weights)
                 weights.mul_(e)
             keep = int(t0 > 0)  # the first block overwrites what the memory held
             torch.baddbmm(dv_sum, weights.transpose(1, 2), g, beta=keep, out=dv_sum)
             d4.sub_(dot).mul_(e4)
-            if needs_table:
-                prior.add_grad(d4, s4, y0, y1, first)
-            prior.mul(d4, d4, y0, y1, first)
+            if any(needs):
+                tables.add_grads(d4, s4, y0, y1, first, needs)
+            tables.multiply(d4, y0, y1, first)
             block = dq[b0:b1, :, t0:t1]
             dq_rows = _target(block, dtype)
             torch.baddbmm(dq_rows, d, k_all, beta=0, alpha=scale, out=dq_rows)
@@ -345,22 +366,24 @@ def _backward(
             )
         _settle(dk[b0:b1], dk_sum)
         _settle(dv[b0:b1], dv_sum)
-    return dq, dk, dv, prior.table_grad(table.shape[0]) if needs_table else None
+    d_prior = tables.prior.table_grad() if needs[0] else None
+    d_bias = tables.bias.table_grad() if needs[1] else None
+    return dq, dk, dv, d_prior, d_bias
 
 
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, table, *settings):
-        out, sums, shifts = _forward(q, k, v, table, *settings)
-        ctx.save_for_backward(q, k, v, table, out, sums, shifts)
+    def forward(ctx, q, k, v, prior, bias, *settings):
+        out, sums, shifts = _forward(q, k, v, prior, bias, *settings)
+        ctx.save_for_backward(q, k, v, prior, bias, out, sums, shifts)
         ctx.settings = settings
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        needs_table = ctx.needs_input_grad[3]
-        grads = _backward(grad, *ctx.saved_tensors, needs_table, *ctx.settings)
+        needs = ctx.needs_input_grad[3:5]
+        grads = _backward(grad, ctx.saved_tensors, needs, *ctx.settings)
         return *grads, *[None] * len(ctx.settings)
 
 
@@ -368,31 +391,31 @@ def chunked_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    table: Tensor,
+    prior: Optional[Tensor],
+    bias: Optional[Tensor],
     hw: tuple[int, int],
     scale: float,
     num_extra_tokens: int,
     dropout_p: float,
 ) -> Tensor:
-    """``softmax(omega * (q k^T * scale)) v`` in blocks of queries.
+    """``softmax(omega * (q k^T * scale) + beta) v`` in blocks of queries.
 
     Half-precision inputs are computed in float32, block by block, and rounded
-    once at the end. Differentiable once with respect to q, k, v and the table;
-    the backward pass repeats the dropout masks from a seed drawn here from the
-    device's default generator. Arguments as in
+    once at the end. Differentiable once with respect to q, k, v and the tables, of
+    which there is at least one; the backward pass repeats the dropout masks from a
+    seed drawn here from the device's default generator. Arguments as in
     :func:`~spvit_mm.ops.spatial_prior_attention`, already checked.
     """
-    table = table.to(compute_dtype(q.dtype))
+    dtype = compute_dtype(q.dtype)
+    prior, bias = (None if x is None else x.to(dtype) for x in (prior, bias))
     seed = int(torch.randint(1 << 62, ()).item()) if dropout_p else None
-    plan = plan_blocks(
-        q.shape[0],
-        q.shape[1],
-        hw,
-        num_extra_tokens,
-        table.element_size(),
-        torch.get_num_threads(),
-    )
-    args = (q, k, v, table, tuple(hw), scale, num_extra_tokens, dropout_p, seed, plan)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, table)):
-        return _ChunkedAttention.apply(*args)
-    return _forward(*args)[0]
+    batch, heads = q.shape[:2]
+    threads = torch.get_num_threads()
+    plan = plan_blocks(batch, heads, hw, num_extra_tokens, dtype.itemsize, threads)
+    inputs = (q, k, v, prior, bias)
+    settings = (tuple(hw), scale, num_extra_tokens, dropout_p, seed, plan)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in inputs
+    ):
+        return _ChunkedAttention.apply(*inputs, *settings)
+    return _forward(*inputs, *settings)[0]

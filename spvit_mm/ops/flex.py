@@ -1,9 +1,9 @@
-"""The prior inside FlexAttention, for CUDA.
+"""The tables inside FlexAttention, for CUDA.
 
 FlexAttention (``torch.nn.attention.flex_attention``) hands every score to a
 function before its softmax and fuses that function into one kernel; ours looks
-the prior up in the table, so that nothing of N x N is ever in memory and
-gradients reach the table.
+the prior and the bias up in their tables, so that nothing of N x N is ever in memory
+and gradients reach the tables. Blocks of pairs that are not kept are skipped.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .prior import pair_offsets
+from .prior import mask_bias, pair_offsets
 
 try:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -70,42 +71,41 @@ def why_not_flex(
     return None
 
 
-def make_score_mod(table: Tensor, hw: tuple[int, int], num_extra_tokens: int):
-    """The function that multiplies a score by the prior of its pair.
+def make_score_mod(prior, bias, hw: tuple[int, int], num_extra_tokens: int):
+    """The function that multiplies a score with its prior and adds its bias.
 
     Args:
-        table (Tensor): ``(heads or 1, 2H-1, 2W-1)``.
+        prior (Tensor, optional): ``(heads or 1, 2H-1, 2W-1)``; None is 1.
+        bias (Tensor, optional): ``(heads or 1, 2H-1, 2W-1)``; None is 0.
         hw (tuple[int, int]): Grid.
-        num_extra_tokens (int): Tokens in front of the grid's, whose prior is 1.
+        num_extra_tokens (int): Tokens in front of the grid's: prior 1, bias 0.
 
     Returns:
         Callable: FlexAttention's ``score_mod(score, b, h, q_idx, kv_idx)``.
     """
-    one_head = table.shape[0] == 1
+
+    def look_up(table, h, dy, dx, extra, neutral):
+        value = table[h * 0 if table.shape[0] == 1 else h, dy, dx]
+        if not num_extra_tokens:
+            return value
+        return torch.where(extra, torch.full_like(value, neutral), value)
 
     def score_mod(score, b, h, q_idx, kv_idx):
-        dy, dx, extra = pair_offsets(q_idx, kv_idx, hw, num_extra_tokens)
-        omega = table[h * 0 if one_head else h, dy, dx]
-        if num_extra_tokens:
-            omega = torch.where(extra, torch.ones_like(omega), omega)
-        return score * omega
+        pair = pair_offsets(q_idx, kv_idx, hw, num_extra_tokens)
+        if prior is not None:
+            score = score * look_up(prior, h, *pair, 1.0)
+        if bias is not None:
+            score = score + look_up(bias, h, *pair, 0.0)
+        return score
 
     return score_mod
 
 
-def make_block_mask(keep: Tensor, hw: tuple[int, int], num_extra_tokens: int = 0):
-    """FlexAttention's BlockMask of the pairs that are kept.
+def make_block_mask(keep: Tensor, hw: tuple[int, int], num_extra_tokens: int):
+    """FlexAttention's BlockMask, for all images, of the pairs that are kept.
 
-    Args:
-        keep (Tensor): ``(heads or 1, 2H-1, 2W-1)``, bool.
-        hw (tuple[int, int]): Rows and columns ``(H, W)`` of the grid.
-        num_extra_tokens (int): Tokens in front of the grid's. Defaults to 0.
-
-    Returns:
-        BlockMask: For all images of a batch.
+    Arguments as in :func:`~spvit_mm.ops.spatial_prior_attention`.
     """
-    if create_block_mask is None:
-        raise ValueError(f'torch {torch.__version__} has no BlockMask (2.5 does).')
     length = num_extra_tokens + hw[0] * hw[1]
     heads = keep.shape[0]
 
@@ -124,39 +124,52 @@ def make_block_mask(keep: Tensor, hw: tuple[int, int], num_extra_tokens: int = 0
     )
 
 
+# The masks of the tables in use, which takes all pairs of tokens to make.
+_masks = WeakTensorKeyDictionary()
+
+
+def _kept_mask(keep: Tensor, hw: tuple[int, int], num_extra_tokens: int):
+    """The BlockMask of a table, made once until the table is written to."""
+    version = None if keep.is_inference() else keep._version
+    state = (version, *hw, num_extra_tokens)
+    if keep not in _masks or _masks[keep][0] != state:
+        # Of a copy, or the mask would keep its own key alive.
+        _masks[keep] = state, make_block_mask(keep.clone(), hw, num_extra_tokens)
+    return _masks[keep][1]
+
+
 def flex_attention_uncompiled(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    table: Tensor,
+    prior: Optional[Tensor],
+    bias: Optional[Tensor],
     hw: tuple[int, int],
     scale: float,
     num_extra_tokens: int,
     block_mask=None,
 ) -> Tensor:
-    """FlexAttention with the prior, as it is traced; all N x N scores if called so.
+    """FlexAttention as it is traced; all N x N scores if called so.
 
     Arguments as in :func:`~spvit_mm.ops.spatial_prior_attention`, and:
 
     Args:
-        block_mask (BlockMask, optional): Pairs that take part, for priors that
-            hold exact zeros in whole blocks. Defaults to None, all pairs.
+        block_mask (BlockMask, optional): The pairs that are kept, of
+            :func:`make_block_mask`. Defaults to None, all pairs.
     """
-    score_mod = make_score_mod(table, hw, num_extra_tokens)
+    score_mod = make_score_mod(prior, bias, hw, num_extra_tokens)
     return flex_attention(
         q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale
     )
 
 
-def _kernel_key(q, k, v, table, hw, scale, num_extra_tokens, block_mask=None) -> tuple:
+def _kernel_key(tensors, hw, scale: float, num_extra_tokens: int) -> tuple:
     """All that a compiled kernel depends on."""
     tensors = (
-        (x.device, x.dtype, x.shape, x.stride(), x.requires_grad)
-        for x in (q, k, v, table)
+        x if x is None else (x.device, x.dtype, x.shape, x.stride(), x.requires_grad)
+        for x in tensors
     )
-    masked = None if block_mask is None else block_mask.shape
-    settings = (*hw, scale, num_extra_tokens, masked, torch.is_grad_enabled())
-    return (*tensors, settings)
+    return (*hw, scale, num_extra_tokens, torch.is_grad_enabled(), *tensors)
 
 
 @lru_cache(maxsize=MAX_KERNELS)
@@ -168,7 +181,7 @@ def _kernel(key: tuple):
     memory. A copy of the code has a count of its own.
     """
     plain = flex_attention_uncompiled
-    height, width = key[-1][:2]
+    height, width, *_ = key
     code = plain.__code__.replace(co_name=f'flex_attention_{height}x{width}')
     copy = FunctionType(code, plain.__globals__, code.co_name, plain.__defaults__)
     return torch.compile(copy, dynamic=False, backend=BACKEND)
@@ -178,26 +191,32 @@ def flex_prior_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    table: Tensor,
+    prior: Optional[Tensor],
+    bias: Optional[Tensor],
+    keep: Optional[Tensor],
     hw: tuple[int, int],
     scale: float,
     num_extra_tokens: int,
     compiling: bool,
-    block_mask=None,
 ) -> Tensor:
-    """``softmax(omega * (q k^T * scale)) v`` in one fused kernel.
+    """``softmax(omega * (q k^T * scale) + beta, where kept) v`` in one fused kernel.
 
     Compiled once per shape (tens of seconds) unless the caller is itself being
     compiled. The last :data:`MAX_KERNELS` shapes keep their kernels. Arguments as
-    in :func:`flex_attention_uncompiled`, already checked.
+    in :func:`~spvit_mm.ops.spatial_prior_attention`, already checked.
     """
-    table = table.float()
+    if compiling:
+        bias, keep = mask_bias(bias, keep), None  # a BlockMask cannot be traced
+    tensors = [q, k, v, *(None if x is None else x.float() for x in (prior, bias))]
     if not torch.is_grad_enabled():
         # On the CPU FlexAttention refuses tensors that require gradients even then.
-        q, k, v, table = (x.detach() for x in (q, k, v, table))
-    args = (q, k, v, table, tuple(hw), scale, num_extra_tokens, block_mask)
-    function = flex_attention_uncompiled if compiling else _kernel(_kernel_key(*args))
-    return function(*args)
+        tensors = [None if x is None else x.detach() for x in tensors]
+    settings = (tuple(hw), scale, num_extra_tokens)
+    if compiling:
+        return flex_attention_uncompiled(*tensors, *settings)
+    mask = None if keep is None else _kept_mask(keep, *settings[::2])
+    kernel = _kernel(_kernel_key((*tensors, keep), *settings))
+    return kernel(*tensors, *settings, mask)
 
 
 # Kernels that were tried and work, by key.
@@ -210,7 +229,9 @@ def flex_works(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    table: Tensor,
+    prior: Optional[Tensor],
+    bias: Optional[Tensor],
+    keep: Optional[Tensor],
     hw: tuple[int, int],
     scale: float,
     num_extra_tokens: int,
@@ -234,8 +255,9 @@ def flex_works(
         torch.cuda.OutOfMemoryError: Where memory is short, the kernel is not at
             fault, and a kernel that takes more would not help.
     """
-    inputs = (q, k, v, table)
-    key = (needs_grad, *_kernel_key(*inputs, hw, scale, num_extra_tokens))
+    inputs = (q, k, v, prior, bias)
+    settings = (hw, scale, num_extra_tokens)
+    key = (needs_grad, *_kernel_key((*inputs, keep), *settings))
     if key in _tried:
         return True
     kind = (q.device, q.dtype, q.shape[-1], v.shape[-1], needs_grad)
@@ -243,17 +265,20 @@ def flex_works(
         return False
     if len(_tried) >= MAX_KERNELS:
         _ended.add(kind)
-        _warn_of_eager(
+        _warn(
             f'FlexAttention has been compiled for {len(_tried)} shapes, which is as '
             'many as are kept; others'
         )
         return False
     try:
         trial = [
-            x.detach().requires_grad_(needs_grad and x.requires_grad) for x in inputs
+            x
+            if x is None
+            else x.detach().requires_grad_(needs_grad and x.requires_grad)
+            for x in inputs
         ]
-        out = flex_prior_attention(*trial, hw, scale, num_extra_tokens, False)
-        leaves = [x for x in trial if x.requires_grad]
+        out = flex_prior_attention(*trial, keep, *settings, False)
+        leaves = [x for x in trial if x is not None and x.requires_grad]
         if leaves:
             torch.autograd.grad(out, leaves, torch.zeros_like(out))
     except torch.cuda.OutOfMemoryError:
@@ -261,7 +286,7 @@ def flex_works(
     except Exception as error:  # compilers raise errors of every class
         _ended.add(kind)
         reason = str(error).strip().splitlines() or ['no message']
-        _warn_of_eager(
+        _warn(
             f'FlexAttention does not run here for {q.dtype} with {q.shape[-1]} channels '
             f'a head ({type(error).__name__}: {reason[0]}), so these inputs'
         )
@@ -270,11 +295,11 @@ def flex_works(
     return True
 
 
-def _warn_of_eager(why: str) -> None:
+def _warn(why: str) -> None:
     warnings.warn(
-        f"{why} take 'eager' under attn_impl='auto', which needs memory for all pairs "
-        "of tokens. attn_impl='chunked' needs less; attn_impl='flex' compiles in any "
-        'case.',
+        f"{why} take another kernel under attn_impl='auto', which needs memory for all "
+        "pairs of tokens. attn_impl='chunked' needs less; attn_impl='flex' compiles in "
+        'any case.',
         RuntimeWarning,
         stacklevel=4,
     )

@@ -20,7 +20,12 @@ is why the blocked kernel never writes the prior of all pairs.
 
 from __future__ import annotations
 
+from typing import Optional
+
+import torch
 from torch import Tensor
+
+from .compat import compute_dtype
 
 
 def check_table(table: Tensor, hw: tuple[int, int], name: str = 'table') -> None:
@@ -44,6 +49,45 @@ def check_table(table: Tensor, hw: tuple[int, int], name: str = 'table') -> None
             f'{want[1]}) for the grid hw=({height}, {width}), but got '
             f'{tuple(table.shape)}. Compute it for this grid, or pass its own grid.'
         )
+
+
+def check_keep(keep: Tensor, hw: tuple[int, int], values: bool = True) -> None:
+    """Refuse a table of kept offsets that could leave a query without any key.
+
+    Args:
+        keep (Tensor): What should be ``(heads, 2H-1, 2W-1)``, bool.
+        hw (tuple[int, int]): Rows and columns of the grid.
+        values (bool): Whether to look at the zero offset's. Defaults to True.
+
+    Raises:
+        ValueError: It has another shape or dtype, or leaves out the zero offset.
+    """
+    check_table(keep, hw, 'keep')
+    if keep.dtype != torch.bool:
+        raise ValueError(f'`keep` must be bool, but got {keep.dtype}.')
+    if values and not keep[:, hw[0] - 1, hw[1] - 1].all():
+        raise ValueError(
+            '`keep` must keep the zero offset of every head, or a query could be left '
+            'without any key.'
+        )
+
+
+def mask_bias(bias: Optional[Tensor], keep: Optional[Tensor]) -> Optional[Tensor]:
+    """The bias with minus infinity where an offset is not kept.
+
+    Args:
+        bias (Tensor, optional): ``(heads or 1, 2H-1, 2W-1)``; None is 0.
+        keep (Tensor, optional): ``(heads or 1, 2H-1, 2W-1)``, bool; None keeps all.
+
+    Returns:
+        Tensor | None: ``(heads or 1, 2H-1, 2W-1)``, float32 at least.
+    """
+    if keep is None:
+        return bias
+    if bias is None:
+        bias = keep.new_zeros((), dtype=torch.float32)
+    bias = bias.to(compute_dtype(bias.dtype))
+    return torch.where(keep, bias, torch.full_like(bias, float('-inf')))
 
 
 def expand_prior(table: Tensor, hw: tuple[int, int]) -> Tensor:

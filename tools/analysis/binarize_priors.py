@@ -13,7 +13,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
 
 from spvit_mm.apis import ArgumentParser, building, load_model, run_cli
-from spvit_mm.explain import BinarizedAttention, binarize, offset_mass
+from spvit_mm.explain import binarize, offset_mass
 from spvit_mm.explain.binarize import CRITERIA
 from spvit_mm.utils import UserError, new_figure, prepare_picture
 
@@ -98,14 +98,11 @@ def main(argv: list) -> None:
         one = deepcopy(model)
         kept = binarize(one, masses, grid, share, args.by, args.ones)
         row = [share, *kept, accuracy(one, test)]
-        kind = next(m.last_impl for m in one.modules() if is_binarized(m))
         if args.finetune:
             finetune(one, train, cfg.optim_wrapper, args)
             row.append(accuracy(one, test))
         rows.append(row)
         print('  '.join(f'{value:9.4f}' for value in row), flush=True)
-    words = {'dense': 'a dense mask', 'block': "FlexAttention's BlockMask"}
-    print(f'Masked by {words[kind]} ({get_device()}).')
     draw(header, rows, args.by).savefig(out, dpi=120)
     table = osp.splitext(out)[0] + '.csv'
     with open(table, 'w', newline='') as file:
@@ -113,10 +110,6 @@ def main(argv: list) -> None:
         writer.writerow(header)
         writer.writerows([f'{value:.6g}' for value in row] for row in rows)
     print(f'Written: {out} and {table}')
-
-
-def is_binarized(module):
-    return isinstance(module, BinarizedAttention)
 
 
 @torch.no_grad()
