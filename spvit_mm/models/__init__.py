@@ -5,8 +5,12 @@ from .classifiers import TokenLabelClassifier
 from .embed import PEG, ConvStem
 from .heads import TokenLabelClsHead
 from .priors import (
+    ALiBiSpatialPrior,
     ConstantSpatialPrior,
+    KERPLESpatialPrior,
     LinearSpatialPrior,
+    LogCPBSpatialPrior,
+    LookHereSpatialPrior,
     MLPSpatialPrior,
     SpatialPrior,
     TableSpatialPrior,
@@ -14,16 +18,22 @@ from .priors import (
     relative_offsets,
 )
 from .relative import GatedPositionalAttention, RelativePositionAttention
+from .rotary import RotaryPositionAttention
 from .spvit import SPViT
 
 __all__ = [
+    'ALiBiSpatialPrior',
     'PEG',
     'ConstantSpatialPrior',
     'ConvStem',
     'GatedPositionalAttention',
+    'KERPLESpatialPrior',
     'LinearSpatialPrior',
+    'LogCPBSpatialPrior',
+    'LookHereSpatialPrior',
     'MLPSpatialPrior',
     'RelativePositionAttention',
+    'RotaryPositionAttention',
     'SPViT',
     'SpatialPrior',
     'SpatialPriorAttention',

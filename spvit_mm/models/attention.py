@@ -1,18 +1,40 @@
 """SP-SA: self-attention whose scores are multiplied by a spatial prior."""
 
 import torch
+import torch.nn as nn
 from mmpretrain.models.utils import MultiheadAttention
 from mmpretrain.registry import MODELS
 
 from ..ops import spatial_prior_attention
 from .builder import build_child
-from .checks import check_heads
+from .checks import check_choice, check_heads
+from .priors import WindowSpatialPrior
+
+
+def evaluate_priors(prior, bias_prior, hw, device=None, rescale=None):
+    """The tables of the priors of one attention, on one grid.
+
+    Args:
+        prior (SpatialPrior): Of the product, or of the sum where there is no other.
+        bias_prior (SpatialPrior, optional): Of the sum, beside that of a product.
+        hw (Tuple[int, int]): The grid (H, W).
+        device (torch.device, optional): For priors without parameters.
+        rescale (Tensor, optional): (2,), factors of the coordinates.
+
+    Returns:
+        Tuple[Tensor, Optional[Tensor], Optional[Tensor]]: Their values, each
+        (heads or 1, 2H-1, 2W-1), the second None without ``bias_prior``; and which
+        offsets are visible, bool, None if all are.
+    """
+    omega = prior(hw, device, rescale)
+    theta = None if bias_prior is None else bias_prior(hw, device, rescale)
+    return omega, theta, prior.keep(hw, device)
 
 
 class GridAttention(MultiheadAttention):
     """What the attentions that know the grid of patches have in common.
 
-    A subclass writes ``forward(x, hw_shape, omega=None)`` between
+    A subclass writes ``forward(x, hw_shape, omega=None, rescale=None)`` between
     :meth:`project_qkv` and :meth:`merge_heads`. SPViT builds it from its
     ``attn_cfg`` with the arguments below and ``attn_drop``, ``proj_drop``,
     ``dropout_layer``, ``qkv_bias`` and ``layer_scale_init_value``.
@@ -46,6 +68,9 @@ class GridAttention(MultiheadAttention):
         self.scale = self.head_dims**-0.5 if qk_scale is None else qk_scale
         self.num_extra_tokens = num_extra_tokens
         self.grid = None if grid is None else tuple(grid)
+
+    def set_depth(self, layer, num_layers):
+        """Told by the backbone: the layer's index and the number of layers."""
 
     def project_qkv(self, x, hw_shape):
         """Queries, keys and values, each (B, heads, T, d), of tokens (B, T, C).
@@ -82,15 +107,24 @@ class GridAttention(MultiheadAttention):
 
 @MODELS.register_module()
 class SpatialPriorAttention(GridAttention):
-    """Spatial Prior-enhanced Self-Attention (SP-SA).
+    """Spatial Prior-enhanced Self-Attention (SP-SA), and its additive counterparts.
 
-    For head h, with the prior Omega_h of the grid (paper, section 3):
+    For head h, with the scores S = Q_h K_h^T / sqrt(d) and a prior's values Omega
+    (paper, section 3):
 
-        A_h = softmax(Omega_h * (Q_h K_h^T / sqrt(d)))
+        multiply:  A_h = softmax(Omega * S)                                SP-SA
+        add:       A_h = softmax(S + strength * (Omega - 1))
+        both:      A_h = softmax(Omega * S + strength * (Theta - 1))
         out = concat_h(A_h V_h) W_o
 
-    The product with Omega_h is element-wise and comes before the softmax. A
-    new SP-SA computes exactly vanilla self-attention (Omega = 1).
+    The product is element-wise. Theta is a second prior of the same config. The value 1
+    is neutral for both, so with a prior that starts at 1 a new attention computes
+    exactly vanilla self-attention. With a score c (``init_score``), a product is
+
+        Omega * (S + c)  =  Omega * S + c * Omega,
+
+    a product and a sum: compare it with ``combine='add', strength=c`` from the same
+    start.
 
     Args:
         embed_dims (int): The embedding dimension.
@@ -98,33 +132,40 @@ class SpatialPriorAttention(GridAttention):
         prior (dict, optional): Config of the spatial prior. None for one that
             is handed to :meth:`forward`. Defaults to
             ``dict(type='MLPSpatialPrior')``.
+        combine (str): 'multiply', 'add' or 'both'. Defaults to 'multiply'.
+        strength (float): Factor of what is added. Defaults to 1.
         num_extra_tokens (int): Class and other tokens in front of the patch
-            tokens; pairs that involve them take prior 1. Defaults to 0.
+            tokens; pairs that involve them take the neutral value, and are always
+            visible. Defaults to 0.
         grid (Tuple[int, int], optional): The grid (H, W) at training, for
             priors that want to know it. Defaults to None.
         qk_scale (float, optional): Factor of the scores in place of
             ``head_dims ** -0.5``. Defaults to None.
         attn_impl (str): The kernel, see
             :func:`spvit_mm.ops.spatial_prior_attention`. Defaults to 'auto'.
-        init_score (float): A score that all pairs start with, from the biases
-            of queries and keys. While the prior is 1, the softmax does not see
-            it; but it is what the prior multiplies, so a prior learns where to
-            look before content does. It needs ``qkv_bias``. Defaults to 0.
+        init_score (float): A score c that all pairs start with, for a prior to
+            multiply: it learns where to look before content does. It comes from the
+            biases of queries and keys or, with ``qkv_bias=False``, from a learned
+            scalar for each head. Defaults to 0.
         **kwargs: ``attn_drop``, ``proj_drop``, ``dropout_layer``,
             ``qkv_bias``, ``proj_bias``, ``v_shortcut``, ``input_dims``,
             ``layer_scale_init_value``, ``init_cfg`` of mmpretrain's
             MultiheadAttention.
 
     Raises:
-        ValueError: If ``embed_dims`` is not divisible by ``num_heads``, or the
-            prior has neither one map nor one per head.
+        ValueError: If ``embed_dims`` is not divisible by ``num_heads``, the prior has
+            neither one map nor one per head, or an argument does not fit ``combine``.
     """
+
+    COMBINES = ('multiply', 'add', 'both')
 
     def __init__(
         self,
         embed_dims,
         num_heads,
         prior=dict(type='MLPSpatialPrior'),
+        combine='multiply',
+        strength=1.0,
         num_extra_tokens=0,
         grid=None,
         qk_scale=None,
@@ -135,28 +176,44 @@ class SpatialPriorAttention(GridAttention):
         super().__init__(
             embed_dims, num_heads, num_extra_tokens, grid, qk_scale, **kwargs
         )
+        check_choice('combine', combine, self.COMBINES)
+        self.combine = combine
+        self.strength = strength
         self.attn_impl = attn_impl
         self.init_score = init_score
-        if init_score < 0 or (init_score and self.qkv.bias is None):
+        if init_score < 0 or (init_score and combine == 'add'):
             raise ValueError(
-                '`init_score` must be at least 0, and above 0 needs `qkv_bias=True`, '
-                f'got init_score={init_score} and qkv_bias={self.qkv.bias is not None}.'
+                '`init_score` must be at least 0, and is a score for a prior to '
+                f'multiply, got init_score={init_score} with combine={combine!r}. The '
+                'start of a sum is set by `strength`.'
             )
-        self.prior = None
+        self.score = None
+        if init_score and self.qkv.bias is None:
+            # One axis, so that weight decay on matrices only leaves it alone.
+            self.score = nn.Parameter(torch.empty(num_heads))
+        self.prior = self.bias_prior = None
         if prior is not None:
-            self.prior = build_child(prior, 'prior', num_heads=num_heads, grid=grid)
-            if self.prior.num_heads not in (1, num_heads):
-                raise ValueError(
-                    f'`prior` has num_heads={self.prior.num_heads}, but an attention '
-                    f'of {num_heads} heads takes a prior of 1 or {num_heads}.'
-                )
-
+            self.prior = self._build_prior(prior)
+            if combine == 'both':
+                self.bias_prior = self._build_prior(prior)
         self.reset_score()
+
+    def _build_prior(self, cfg):
+        prior = build_child(cfg, 'prior', num_heads=self.num_heads, grid=self.grid)
+        check_prior(prior, self.num_heads, self.combine)
+        return prior
+
+    def set_depth(self, layer, num_layers):
+        for prior in (self.prior, self.bias_prior):
+            if prior is not None:
+                prior.set_depth(layer, num_layers)
 
     @torch.no_grad()
     def reset_score(self):
-        """Start the biases of queries and keys so that they make ``init_score``."""
-        if self.init_score:
+        """Start all pairs with ``init_score``."""
+        if self.score is not None:
+            self.score.fill_(self.init_score)
+        elif self.init_score:
             each = (self.init_score / (self.scale * self.head_dims)) ** 0.5
             self.qkv.bias[: 2 * self.embed_dims].fill_(each)
 
@@ -164,15 +221,17 @@ class SpatialPriorAttention(GridAttention):
         super().init_weights()
         self.reset_score()
 
-    def forward(self, x, hw_shape, omega=None):
+    def forward(self, x, hw_shape, omega=None, rescale=None):
         """Attend.
 
         Args:
             x (Tensor): Tokens (B, T, C), T = num_extra_tokens + H * W, the
                 extra tokens in front and the patches in row-major order.
             hw_shape (Tuple[int, int]): The grid (H, W).
-            omega (Tensor, optional): The prior's table (heads or 1, 2H-1,
-                2W-1), instead of the one of this layer's own prior.
+            omega (Tensor | Tuple, optional): The prior's table (heads or 1, 2H-1,
+                2W-1), or all that :func:`evaluate_priors` returns, instead of this
+                layer's own priors.
+            rescale (Tensor, optional): (2,), factors of the coordinates.
 
         Returns:
             Tensor: (B, T, C).
@@ -182,16 +241,52 @@ class SpatialPriorAttention(GridAttention):
         """
         q, k, v = self.project_qkv(x, hw_shape)
         if omega is None and self.prior is not None:
-            omega = self.prior(hw_shape, x.device)
+            omega = evaluate_priors(
+                self.prior, self.bias_prior, hw_shape, x.device, rescale
+            )
+        elif omega is None or isinstance(omega, torch.Tensor):
+            omega = (omega, None, None)
+        prior, bias, keep = self._combine(*omega)
         out = spatial_prior_attention(
             q,
             k,
             v,
-            omega,
+            prior,
             hw_shape,
+            bias=bias,
+            keep=keep,
             scale=self.scale,
             num_extra_tokens=self.num_extra_tokens,
             dropout_p=self.attn_drop if self.training else 0.0,
             attn_impl=self.attn_impl,
         )
         return self.merge_heads(out, v)
+
+    def _combine(self, omega, theta, keep):
+        """What multiplies the scores and what is added to them, None if neutral."""
+        if omega is None or self.combine == 'add':
+            bias = None if omega is None else self.strength * (omega - 1)
+            return None, bias, keep
+        bias = None if theta is None else self.strength * (theta - 1)
+        if self.score is not None:
+            # Omega * (S + c) less c: a softmax sees no constant, and the pairs of
+            # extra tokens keep S.
+            score = self.score.to(omega.dtype).view(-1, 1, 1) * (omega - 1)
+            bias = score if bias is None else bias + score
+        return omega, bias, keep
+
+
+def check_prior(prior, num_heads, combine):
+    """Raise a ValueError for a prior that an attention cannot take."""
+    if prior.num_heads not in (1, num_heads):
+        raise ValueError(
+            f'`prior` has num_heads={prior.num_heads}, but an attention '
+            f'of {num_heads} heads takes a prior of 1 or {num_heads}.'
+        )
+    hard = isinstance(prior, WindowSpatialPrior) and not prior.soft
+    if combine != 'multiply' and hard:
+        raise ValueError(
+            f'`combine={combine!r}` cannot take a hard WindowSpatialPrior: its 0 '
+            'and 1 are no bias but a mask, which weakens what lies outside when '
+            "multiplied. Take combine='multiply', or soft=True."
+        )

@@ -92,13 +92,19 @@ class SPViTLayer(TransformerEncoderLayer):
         else:
             super().init_weights()
 
-    def forward(self, x, hw_shape, omega=None):
+    def forward(self, x, hw_shape, omega=None, rescale=None):
         """Map tokens (B, T, C) of the grid ``hw_shape`` to tokens (B, T, C).
 
-        ``omega`` is the table of a prior that the whole network shares.
+        ``omega`` is what a prior that the whole network shares has evaluated to, and
+        ``rescale`` (2,) are factors of the coordinates (x, y); both may be None.
         """
         y = self.ln1(x)
-        y = self.attn(y, hw_shape, omega) if self.takes_grid else self.attn(y)
+        if not self.takes_grid:
+            y = self.attn(y)
+        elif rescale is None:  # so an attention need not know of it
+            y = self.attn(y, hw_shape, omega)
+        else:
+            y = self.attn(y, hw_shape, omega, rescale=rescale)
         x = torch.add(x, y, alpha=self.branch_scale)
         x = torch.add(x, self.ffn(self.ln2(x)), alpha=self.branch_scale)
         return x if self.peg is None else self.peg(x, hw_shape)

@@ -1,4 +1,4 @@
-"""The absolute position embedding, on a grid of any height and width.
+"""The absolute position embedding on any grid, and the rescaling of coordinates.
 
 An embedding is a tensor (1, extra + H * W, C): one entry for the class token where
 that comes first, then one for each patch of the grid (H, W), row by row.
@@ -10,6 +10,30 @@ import torch
 from mmpretrain.models.utils import resize_pos_embed
 
 from .priors import SpatialPrior
+from .priors.base import COORDS_OF_A_GRID
+
+
+def draw_rescale(rescale, jitter, device):
+    """Random factors of the coordinates for one step of training.
+
+    As DINOv3 draws them for its rotary embedding (https://arxiv.org/abs/2508.10104):
+    one factor log-uniform in [1 / rescale, rescale] for both axes, times one for each
+    axis in [1 / jitter, jitter], from torch's default generator of the device.
+
+    Args:
+        rescale (float, optional): At least 1; None is 1.
+        jitter (float, optional): At least 1; None is 1.
+        device (torch.device): Where to draw.
+
+    Returns:
+        Tensor: (2,), the factors of x and y.
+    """
+    power = torch.zeros(2, device=device)
+    if rescale is not None:
+        power = power + (2 * torch.rand(1, device=device) - 1) * math.log(rescale)
+    if jitter is not None:
+        power = power + (2 * torch.rand(2, device=device) - 1) * math.log(jitter)
+    return power.exp()
 
 
 def guess_grid(length, own_length, own_grid):
@@ -117,7 +141,7 @@ def fit_state_dict(state_dict, prefix, model):
         own_length = -1 if model.pos_embed is None else model.pos_embed.shape[1]
         grid = guess_grid(state_dict[name].shape[1], own_length, own_grid)
     for child_name, child in model.named_modules():
-        if isinstance(child, SpatialPrior) and child.coords != 'raw':
+        if isinstance(child, SpatialPrior) and child.coords in COORDS_OF_A_GRID:
             key = f'{prefix}{child_name}.train_grid'
             state_dict.setdefault(key, torch.tensor(grid))
     state_dict[grid_name] = model.train_grid.detach().clone()

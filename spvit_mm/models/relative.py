@@ -17,7 +17,13 @@ from ..ops.compat import compute_dtype
 from .attention import GridAttention
 from .checks import check_choice
 from .priors import relative_offsets
-from .priors.simple import check_grid, fit_table, resize_table, table_size
+from .priors.simple import (
+    TABLE_COORDS,
+    check_grid,
+    fit_table,
+    resize_table,
+    table_size,
+)
 
 
 @MODELS.register_module()
@@ -111,15 +117,17 @@ class GatedPositionalAttention(GridAttention):
         super().init_weights()
         self.reset_position()
 
-    def position_scores(self, hw_shape):
+    def position_scores(self, hw_shape, rescale=None):
         """v_h . (||r||^2, r_x, r_y) at every offset, (heads, 2H-1, 2W-1)."""
         dtype = compute_dtype(self.position.dtype)
         offsets = relative_offsets(hw_shape, self.position.device).to(dtype)
+        if rescale is not None:
+            offsets = offsets * rescale.to(dtype)
         squares = offsets.square().sum(dim=-1, keepdim=True)
         features = torch.cat((squares, offsets), dim=-1)
         return torch.einsum('hc,yxc->hyx', self.position.to(dtype), features)
 
-    def forward(self, x, hw_shape, omega=None):
+    def forward(self, x, hw_shape, omega=None, rescale=None):
         """Attend.
 
         Args:
@@ -127,22 +135,25 @@ class GatedPositionalAttention(GridAttention):
                 extra tokens in front and the patches in row-major order.
             hw_shape (Tuple[int, int]): The grid (H, W).
             omega (None): No table of a prior is taken.
+            rescale (Tensor, optional): (2,), factors of the offsets.
+                Defaults to None.
 
         Returns:
             Tensor: (B, T, C).
         """
         self._refuse(omega)
         q, k, v = self.project_qkv(x, hw_shape)
-        attn = self.mix(torch.matmul(q * self.scale, k.transpose(-2, -1)), hw_shape)
+        scores = torch.matmul(q * self.scale, k.transpose(-2, -1))
+        attn = self.mix(scores, hw_shape, rescale)
         attn = F.dropout(attn.to(v.dtype), self.attn_drop, self.training)
         return self.merge_heads(torch.matmul(attn, v), v)
 
-    def mix(self, scores, hw_shape):
+    def mix(self, scores, hw_shape, rescale=None):
         """A_h (B, heads, T, T) of the scaled content scores (B, heads, T, T)."""
         with torch.autocast(scores.device.type, enabled=False):
             dtype = compute_dtype(scores.dtype)
             content = scores.to(dtype).softmax(dim=-1)
-            table = self.position_scores(hw_shape).to(dtype)
+            table = self.position_scores(hw_shape, rescale).to(dtype)
             position = expand_prior(table, hw_shape).softmax(dim=-1)
             gate = torch.sigmoid(self.gate.to(dtype)).view(-1, 1, 1)
             extra = self.num_extra_tokens
@@ -189,7 +200,7 @@ class RelativePositionAttention(GridAttention):
     """
 
     MODES = ('bias', 'embedding')
-    COORDS = ('raw', 'scaled', 'clamped')
+    COORDS = TABLE_COORDS
 
     def __init__(
         self, embed_dims, num_heads, mode='bias', grid=None, coords='scaled', **kwargs
@@ -210,7 +221,7 @@ class RelativePositionAttention(GridAttention):
         fit_table(state_dict, prefix + 'table', self.table, self.coords)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(self, x, hw_shape, omega=None):
+    def forward(self, x, hw_shape, omega=None, rescale=None):
         """Attend; arguments as in :meth:`GatedPositionalAttention.forward`."""
         self._refuse(omega)
         q, k, v = self.project_qkv(x, hw_shape)
@@ -218,15 +229,15 @@ class RelativePositionAttention(GridAttention):
             q,
             k,
             v,
-            attn_mask=self.position_scores(q, hw_shape).to(q.dtype),
+            attn_mask=self.position_scores(q, hw_shape, rescale).to(q.dtype),
             dropout_p=self.attn_drop if self.training else 0.0,
             scale=self.scale,
         )
         return self.merge_heads(out, v)
 
-    def position_scores(self, q, hw_shape):
+    def position_scores(self, q, hw_shape, rescale=None):
         """What is added to the scaled scores, (B or 1, heads, T, T)."""
-        table = resize_table(self.table, hw_shape, self.coords)
+        table = resize_table(self.table, hw_shape, self.coords, rescale)
         extra = self.num_extra_tokens
         if self.mode == 'bias':
             scores = expand_prior(table, hw_shape)[None]

@@ -13,14 +13,14 @@ from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
 from mmpretrain.registry import MODELS
 from torch.utils.checkpoint import checkpoint
 
-from .attention import SpatialPriorAttention
+from .attention import SpatialPriorAttention, check_prior, evaluate_priors
 from .builder import build_child, resolve_type
 from .checks import check_choice, check_heads, check_int, check_sides, is_int
 from .deploy import check_folded, check_grid, fold_priors
 from .embed import build_stem
 from .freezing import check_freezing, freeze
 from .layer import SPViTLayer
-from .position import fit_state_dict
+from .position import draw_rescale, fit_state_dict
 
 
 def _lvvit_arch(embed_dims, num_layers, num_heads, stem_channels, skip_scale):
@@ -91,6 +91,13 @@ class SPViT(VisionTransformer):
             Defaults to None (the arch's, else False).
         skip_scale (float, optional): Divisor of the residual branches.
             Defaults to None (the arch's, else 1).
+        coords_rescale (float, optional): In training, multiply the coordinates that
+            priors and other position methods see by one random factor a step,
+            log-uniform in [1 / coords_rescale, coords_rescale], the same in all
+            layers: what is learned then holds on other grids, too. Defaults to None,
+            off.
+        coords_jitter (float, optional): The same with a factor for each axis.
+            Defaults to None, off.
         with_cp (bool): Activation checkpointing: recompute every layer in the
             backward pass and save its memory. Defaults to False.
         out_indices (Sequence[int] | int): The layers whose output is returned.
@@ -180,6 +187,8 @@ class SPViT(VisionTransformer):
         stem=None,
         with_peg=None,
         skip_scale=None,
+        coords_rescale=None,
+        coords_jitter=None,
         with_cp=False,
         out_indices=-1,
         out_type='cls_token',
@@ -220,6 +229,14 @@ class SPViT(VisionTransformer):
         self.share_prior = share_prior
         self.final_norm = final_norm
         self.with_cp = with_cp
+        for name, value in (
+            ('coords_rescale', coords_rescale),
+            ('coords_jitter', coords_jitter),
+        ):
+            if value is not None and not value >= 1:
+                raise ValueError(f'`{name}` must be None or at least 1, got {value!r}.')
+        self.coords_rescale = coords_rescale
+        self.coords_jitter = coords_jitter
         if init_cfg is None and settings['start'] == 'released':
             self.init_cfg = dict(type='TruncNormal', layer='Linear', std=0.02)
 
@@ -253,7 +270,7 @@ class SPViT(VisionTransformer):
             self.ln1 = build_norm_layer(norm_cfg, self.embed_dims)
         if out_type == 'avg_featmap':
             self.ln2 = build_norm_layer(norm_cfg, self.embed_dims)
-        self.prior = None
+        self.prior = self.bias_prior = None
         attn_cfg = self._attention_cfg(attn_cfg, prior)
         self._init_layers(
             attn_cfg, layer_cfgs, drop_path_rate, drop_rate, layer_scale_init_value
@@ -377,14 +394,20 @@ class SPViT(VisionTransformer):
         if self.share_prior == 'heads':
             prior = {**prior, 'num_heads': 1}
         elif self.share_prior == 'network' and self.num_spsa_layers:
-            self.prior = build_child(
-                prior,
-                'prior',
-                num_heads=self.arch_settings['num_heads'],
-                grid=self.patch_resolution,
-            )
+            combine = attn_cfg.get('combine', 'multiply')
+            self.prior = self._build_shared_prior(prior, combine)
+            if combine == 'both':
+                self.bias_prior = self._build_shared_prior(prior, combine)
             prior = None
         return {**attn_cfg, 'prior': prior}
+
+    def _build_shared_prior(self, cfg, combine):
+        num_heads = self.arch_settings['num_heads']
+        prior = build_child(
+            cfg, 'prior', num_heads=num_heads, grid=self.patch_resolution
+        )
+        check_prior(prior, num_heads, combine)
+        return prior
 
     def _init_layers(
         self, attn_cfg, layer_cfgs, drop_path_rate, drop_rate, layer_scale_init_value
@@ -420,6 +443,8 @@ class SPViT(VisionTransformer):
             for name in ('qkv_bias', 'norm_cfg', 'skip_scale', 'with_peg', 'start'):
                 cfg[name] = settings[name]
             self.layers.append(SPViTLayer(**{**cfg, **layer_cfg}))
+            if i < self.num_spsa_layers and hasattr(self.layers[i].attn, 'set_depth'):
+                self.layers[i].attn.set_depth(i, self.num_layers)
 
     def init_weights(self):
         super().init_weights()
@@ -453,16 +478,20 @@ class SPViT(VisionTransformer):
         if self.cls_token_layer == 0:
             x = self._join_cls_token(x)
         x = self.pre_norm(self.drop_after_pos(x))
-        omega = None if self.prior is None else self.prior(hw, x.device)
+        rescale = omega = None
+        if self.training and (self.coords_rescale or self.coords_jitter):
+            rescale = draw_rescale(self.coords_rescale, self.coords_jitter, x.device)
+        if self.prior is not None:
+            omega = evaluate_priors(self.prior, self.bias_prior, hw, x.device, rescale)
 
         outs, num_outs = [], len(set(self.out_indices))
         for i, layer in enumerate(self.layers):
             if i > 0 and i == self.cls_token_layer:
                 x = self._join_cls_token(x)
             if self.with_cp and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, hw, omega, use_reentrant=False)
+                x = checkpoint(layer, x, hw, omega, rescale, use_reentrant=False)
             else:
-                x = layer(x, hw, omega)
+                x = layer(x, hw, omega, rescale)
             if i == self.num_layers - 1 and self.final_norm:
                 x = self.ln1(x)
             if i in self.out_indices:
@@ -506,8 +535,9 @@ class SPViT(VisionTransformer):
 
     def _freeze_stages(self):
         super()._freeze_stages()
-        if self.prior is not None:
-            self.prior.eval().requires_grad_(False)
+        for prior in (self.prior, self.bias_prior):
+            if prior is not None:
+                prior.eval().requires_grad_(False)
 
     def get_layer_depth(self, param_name: str, prefix: str = ''):
         """The depth of a parameter, for layer-wise learning-rate decay.
@@ -519,7 +549,7 @@ class SPViT(VisionTransformer):
         Returns:
             Tuple[int, int]: The depth and the number of depths.
         """
-        if param_name.startswith(prefix + 'prior.'):
+        if param_name.startswith((prefix + 'prior.', prefix + 'bias_prior.')):
             return 0, self.num_layers + 2
         return super().get_layer_depth(param_name, prefix)
 

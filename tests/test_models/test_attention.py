@@ -170,7 +170,31 @@ def test_init_score_survives_the_initialisation_of_a_model():
     assert not biases[2].any()
 
 
-@pytest.mark.parametrize('kwargs', [dict(init_score=-1), dict(qkv_bias=False)])
-def test_init_score_needs_biases(kwargs):
+@pytest.mark.parametrize('kwargs', [dict(init_score=-1), dict(combine='add')])
+def test_init_score_is_for_a_product(kwargs):
     with pytest.raises(ValueError, match='`init_score` must be at least 0'):
         SpatialPriorAttention(16, 4, **{'init_score': 1.0, **kwargs})
+
+
+def test_init_score_without_biases_is_a_scalar_for_each_head():
+    attn = SpatialPriorAttention(16, 4, init_score=1.5, qkv_bias=False)
+    assert attn.score.tolist() == [1.5] * 4
+    assert not any(
+        'score' in name for name in SpatialPriorAttention(16, 4).state_dict()
+    )
+
+
+@pytest.mark.parametrize('extra', [0, 1])
+def test_init_score_means_the_same_with_biases_and_without(extra):
+    """Also for class tokens, whose pairs have the score, but no prior."""
+    cfg = dict(prior=dict(type='MLPSpatialPrior', init='local'), init_score=1.5)
+    with_bias = SpatialPriorAttention(16, 4, num_extra_tokens=extra, **cfg)
+    without = SpatialPriorAttention(
+        16, 4, num_extra_tokens=extra, qkv_bias=False, **cfg
+    )
+    for attn in (with_bias, without):
+        torch.nn.init.zeros_(attn.qkv.weight[:32])
+    without.load_state_dict(with_bias.state_dict(), strict=False)
+    with_bias.qkv.bias.data[32:] = 0
+    x = torch.randn(2, extra + 6, 16)
+    torch.testing.assert_close(with_bias(x, (2, 3)), without(x, (2, 3)))

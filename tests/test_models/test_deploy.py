@@ -8,7 +8,7 @@ import torch.nn as nn
 from mmengine.runner import load_checkpoint
 
 from spvit_mm import models
-from spvit_mm.models import ConstantSpatialPrior, SpatialPrior
+from spvit_mm.models import ConstantSpatialPrior, LookHereSpatialPrior, SpatialPrior
 
 from .test_spvit import WHOLE_GRAPH, build, randomize
 
@@ -40,18 +40,26 @@ CASES = [
     dict(prior=dict(type='MLPSpatialPrior', coords='scaled')),
     dict(prior=dict(type=Decay)),
     dict(num_spsa_layers=0),
-    *(dict(prior=dict(type=prior)) for prior in PRIORS),
+    *(dict(prior=dict(type=p)) for p in PRIORS if p is not LookHereSpatialPrior),
+    dict(
+        prior=dict(type='LookHereSpatialPrior', views=('left', 'all', 'right-down')),
+        attn_cfg=dict(combine='add'),
+    ),
+    dict(attn_cfg=dict(combine='add', strength=2.0)),
+    dict(attn_cfg=dict(combine='both', init_score=1.0), qkv_bias=False),
+    dict(attn_cfg=dict(combine='both'), share_prior='network'),
 ]
 
 
 @pytest.mark.parametrize('kwargs', CASES)
 @pytest.mark.parametrize('grid', [None, (3, 6)])
+@torch.no_grad()
 def test_same_outputs_and_a_strict_round_trip(kwargs, grid):
     model = trained(**kwargs)
     size = [8 * side for side in grid or model.patch_resolution]
     x = torch.randn(2, 3, *size)
     expected = model(x)[0]
-    spatial = [n for n, _ in model.named_parameters() if '.prior.' in '.' + n]
+    spatial = [n for n, _ in model.named_parameters() if 'prior.' in n]
     others = [n for n, _ in model.named_parameters() if n not in spatial]
 
     model.switch_to_deploy(grid)

@@ -38,7 +38,7 @@ def randomize(model):
         if isinstance(module, _BatchNorm):
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
-        if hasattr(module, 'w2'):
+        if hasattr(module, 'b2'):
             nn.init.normal_(module.w2, std=0.05)
             nn.init.normal_(module.b2, mean=1, std=0.1)
     return model

@@ -2,12 +2,22 @@
 
 from .base import SpatialPrior, place_offsets, relative_offsets
 from .constant import ConstantSpatialPrior
+from .distance import (
+    ALiBiSpatialPrior,
+    KERPLESpatialPrior,
+    LogCPBSpatialPrior,
+    LookHereSpatialPrior,
+)
 from .mlp import MLPSpatialPrior
 from .simple import LinearSpatialPrior, TableSpatialPrior, WindowSpatialPrior
 
 __all__ = [
+    'ALiBiSpatialPrior',
     'ConstantSpatialPrior',
+    'KERPLESpatialPrior',
     'LinearSpatialPrior',
+    'LogCPBSpatialPrior',
+    'LookHereSpatialPrior',
     'MLPSpatialPrior',
     'SpatialPrior',
     'TableSpatialPrior',

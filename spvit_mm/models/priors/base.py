@@ -58,26 +58,37 @@ def relative_offsets(hw, device='cpu'):
     return _cached_offsets((int(height), int(width)), torch.device(device)).clone()
 
 
+COORDS = ('raw', 'scaled', 'clamped', 'log', 'swinv2')
+# Those that have to know the grid of the training.
+COORDS_OF_A_GRID = ('scaled', 'clamped', 'swinv2')
+
+
 def place_offsets(offsets, hw, train_grid, coords):
     """What a spatial relation sees of the offsets of a grid.
 
     Args:
         offsets (Tensor): (.., 2), relative coordinates (x, y) in patches.
         hw (Tuple[int, int]): The grid (H, W) that they belong to.
-        train_grid (Tensor): The grid (H, W) of the training.
-        coords (str): 'raw', 'scaled' or 'clamped', see :class:`SpatialPrior`.
+        train_grid (Tensor, optional): The grid (H, W) of the training, for those of
+            ``COORDS_OF_A_GRID``.
+        coords (str): One of ``COORDS``, see :class:`SpatialPrior`.
 
     Returns:
         Tensor: (.., 2).
     """
     if coords == 'raw':
         return offsets
+    if coords == 'log':
+        return offsets.sign() * offsets.abs().log1p()
     # x belongs to the width, so the grid is read in reverse order.
     train_grid = train_grid.flip(0).to(offsets)
     if coords == 'scaled':
         return offsets * (train_grid / offsets.new_tensor((hw[1], hw[0])))
     far = train_grid - 1
-    return torch.maximum(torch.minimum(offsets, far), -far)
+    if coords == 'clamped':
+        return torch.maximum(torch.minimum(offsets, far), -far)
+    spread = offsets * (8 / far.clamp(min=1))
+    return spread.sign() * (1 + spread.abs()).log2() / 3
 
 
 class SpatialPrior(BaseModule):
@@ -85,42 +96,48 @@ class SpatialPrior(BaseModule):
 
     A subclass writes :meth:`relation`, the function of the offset, and is a
     complete prior for every grid. Its values are computed in float32 (float64
-    in a float64 model), also under mixed precision.
+    in a float64 model), also under mixed precision. The value 1 is neutral,
+    whether an attention multiplies or adds it (``combine`` of
+    :class:`SpatialPriorAttention`).
 
     Args:
         num_heads (int): Number of priors: one per attention head, or 1 for
             one that all heads share.
         grid (Tuple[int, int], optional): The grid of patches at training, in
             (H, W). SPViT passes its own. Defaults to None.
-        coords (str): What a relation sees on a grid other than the one of its
-            training:
+        coords (str): What a relation sees of an offset r:
 
-            - ``'raw'``: offsets in patches, as in the released models.
-            - ``'scaled'``: offsets times training grid / grid, so that an
-              image's border stays where it was.
-            - ``'clamped'``: offsets in patches, none further than those of
-              the training grid.
+            - ``'raw'``: r in patches, as in the released models.
+            - ``'scaled'``: r times training grid / grid, so that an image's border
+              stays where it was.
+            - ``'clamped'``: r in patches, none further than those of the training
+              grid.
+            - ``'log'``: sign(r) log(1 + |r|) for each axis: far offsets of a larger
+              grid lie close to those of the training.
+            - ``'swinv2'``: the same of r / (training grid - 1) * 8, with log2 and
+              divided by log2(8), as Swin Transformer V2 has it
+              (https://arxiv.org/abs/2111.09883, eq. 4).
 
-            On the training grid the three are the same. For the last two the
-            training grid is a buffer, and so is remembered in a checkpoint.
-            Defaults to 'raw'.
+            On the training grid the first three are the same. ``'scaled'``,
+            ``'clamped'`` and ``'swinv2'`` keep the training grid in a buffer, so a
+            checkpoint remembers it. Defaults to 'raw'.
         init_cfg (dict, optional): Initialization config. Defaults to None.
     """
 
-    COORDS = ('raw', 'scaled', 'clamped')
+    COORDS = COORDS
 
     def __init__(self, num_heads, grid=None, coords='raw', init_cfg=None):
         super().__init__(init_cfg=init_cfg)
         num_heads = check_int('num_heads', num_heads, 1)
         check_choice('coords', coords, self.COORDS)
-        if coords != 'raw' and grid is None:
+        if coords in COORDS_OF_A_GRID and grid is None:
             raise ValueError(
                 f'`coords={coords!r}` needs `grid`, the (H, W) of the training grid.'
             )
         self.num_heads = num_heads
         self.grid = None if grid is None else tuple(grid)
         self.coords = coords
-        if coords != 'raw':
+        if coords in COORDS_OF_A_GRID:
             self.register_buffer('train_grid', torch.tensor(self.grid))
 
     def relation(self, offsets):
@@ -134,6 +151,22 @@ class SpatialPrior(BaseModule):
         """
         raise NotImplementedError
 
+    def visible(self, offsets):
+        """Which offsets take part in the attention at all.
+
+        Args:
+            offsets (Tensor): (M, 2), relative coordinates (x, y) in patches.
+
+        Returns:
+            Tensor | None: (num_heads, M), bool, True at the offset (0, 0); a pair
+            that is not visible gets the score minus infinity. None, the default:
+            all are.
+        """
+        return None
+
+    def set_depth(self, layer, num_layers):
+        """Told by the backbone: the layer's index and the number of layers."""
+
     def _anchor(self):
         """A tensor that tells device and dtype; None if there is nothing."""
         for tensor in self.parameters():
@@ -142,34 +175,48 @@ class SpatialPrior(BaseModule):
             return tensor
         return None
 
-    def _place(self, offsets, hw):
-        """Apply the rule of ``coords`` to raw offsets (.., 2) of a grid."""
-        train_grid = None if self.coords == 'raw' else self.train_grid
-        return place_offsets(offsets, hw, train_grid, self.coords)
-
-    def forward(self, hw, device=None):
+    def forward(self, hw, device=None, rescale=None):
         """Evaluate the prior on the distinct offsets of a grid.
 
         Args:
             hw (Tuple[int, int]): The grid (H, W), each at least 1.
             device (torch.device, optional): Where to compute, for a prior
                 without parameters. Defaults to the parameters' device.
+            rescale (Tensor, optional): (2,), factors of x and y, see
+                ``coords_rescale`` of :class:`SPViT`. Defaults to None.
 
         Returns:
             Tensor: The table (num_heads, 2H-1, 2W-1); entry
             [h, dy + H-1, dx + W-1] is f_h((dx, dy)).
         """
+        return self._table(self.relation, self._offsets(hw, device, rescale), hw)
+
+    def keep(self, hw, device=None):
+        """The table of :meth:`visible`, (num_heads, 2H-1, 2W-1), bool, or None."""
+        return self._table(self.visible, self._offsets(hw, device), hw)
+
+    def _offsets(self, hw, device, rescale=None):
+        """What the relation sees of a grid's offsets, ((2H-1) * (2W-1), 2)."""
         anchor, dtype = self._anchor(), torch.float32
         if anchor is not None:
             device = anchor.device
             if anchor.dtype == torch.float64:
                 dtype = torch.float64
         offsets = relative_offsets(hw, device or 'cpu').to(dtype)
+        train_grid = self.train_grid if self.coords in COORDS_OF_A_GRID else None
+        offsets = place_offsets(offsets, hw, train_grid, self.coords)
+        if rescale is not None:
+            offsets = offsets * rescale.to(offsets)
+        return offsets.flatten(0, 1)
+
+    def _table(self, function, offsets, hw):
         device_type = offsets.device.type
         # autocast knows no meta device, on which large models are built.
         device_type = 'cpu' if device_type == 'meta' else device_type
         with torch.autocast(device_type, enabled=False):
-            values = self.relation(self._place(offsets, hw).flatten(0, 1))
+            values = function(offsets)
+        if values is None:
+            return None
         return values.reshape(self.num_heads, 2 * hw[0] - 1, 2 * hw[1] - 1)
 
     def expand(self, hw):

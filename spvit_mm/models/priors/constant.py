@@ -22,6 +22,7 @@ class ConstantSpatialPrior(SpatialPrior):
         height, width = self.grid
         shape = (num_heads, 2 * height - 1, 2 * width - 1)
         self.register_buffer('omega', torch.ones(shape))
+        self.register_buffer('kept', None)
 
     @classmethod
     @torch.no_grad()
@@ -38,9 +39,11 @@ class ConstantSpatialPrior(SpatialPrior):
         with torch.inference_mode(False):
             new = cls(prior.num_heads, grid)
             new.omega = prior(new.grid, device).detach().clone()
+            kept = prior.keep(new.grid, device)
+            new.kept = None if kept is None else kept.clone()
         return new.train(prior.training)
 
-    def forward(self, hw, device=None):
+    def forward(self, hw, device=None, rescale=None):
         """The table (num_heads, 2H-1, 2W-1) of the one grid.
 
         Raises:
@@ -60,6 +63,9 @@ class ConstantSpatialPrior(SpatialPrior):
         omega = self.omega
         return omega if omega.dtype == torch.float64 else omega.float()
 
+    def keep(self, hw, device=None):
+        return self.kept
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         value = state_dict.get(prefix + 'omega')
         if value is None:
@@ -75,6 +81,8 @@ class ConstantSpatialPrior(SpatialPrior):
             self.grid = ((value.shape[1] + 1) // 2, (value.shape[2] + 1) // 2)
             with torch.no_grad():
                 self.omega.resize_(value.shape)
+                if self.kept is not None:
+                    self.kept.resize_(value.shape)
         # The base class takes a table for a mistake.
         BaseModule._load_from_state_dict(self, state_dict, prefix, *args)
 

@@ -11,6 +11,9 @@ from ...ops.compat import compute_dtype
 from ..checks import check_choice
 from .base import SpatialPrior, place_offsets, relative_offsets
 
+# Where a table can be read: offsets in units of its own entries.
+TABLE_COORDS = ('raw', 'scaled', 'clamped')
+
 
 @MODELS.register_module()
 class LinearSpatialPrior(SpatialPrior):
@@ -61,11 +64,12 @@ class TableSpatialPrior(SpatialPrior):
         **kwargs: ``init_cfg`` of :class:`SpatialPrior`.
 
     Raises:
-        ValueError: If there is no ``grid``.
+        ValueError: If there is no ``grid``, or ``coords`` is none of these.
     """
 
     def __init__(self, num_heads, grid=None, coords='scaled', **kwargs):
         check_grid(grid, type(self).__name__)
+        check_choice('coords', coords, TABLE_COORDS)
         super().__init__(num_heads, grid=grid, coords=coords, **kwargs)
         shape = (num_heads, *table_size(self.grid))
         self.table = nn.Parameter(torch.ones(shape))
@@ -227,24 +231,28 @@ def read_table(table, offsets):
     return torch.lerp(above, below, part[:, 1])
 
 
-def resize_table(table, hw, coords='scaled'):
-    """The table of another grid.
+def resize_table(table, hw, coords='scaled', rescale=None):
+    """The table of another grid, or of rescaled offsets.
 
     Args:
         table (Tensor): (.., 2H-1, 2W-1), of a grid (H, W).
         hw (Tuple[int, int]): The other grid (H', W').
         coords (str): Where its offsets lie in the table, see
             :class:`~spvit_mm.models.SpatialPrior`. Defaults to 'scaled'.
+        rescale (Tensor, optional): (2,), factors of the offsets. Defaults to None.
 
     Returns:
-        Tensor: (.., 2H'-1, 2W'-1); ``table`` itself where the grid is its own.
+        Tensor: (.., 2H'-1, 2W'-1); ``table`` itself where the grid is its own and
+        nothing is rescaled.
     """
-    if tuple(table.shape[-2:]) == table_size(hw):
+    if rescale is None and tuple(table.shape[-2:]) == table_size(hw):
         return table
     dtype = compute_dtype(table.dtype)
     offsets = relative_offsets(hw, table.device).to(dtype)
     grid = torch.tensor([(side + 1) // 2 for side in table.shape[-2:]])
     offsets = place_offsets(offsets, hw, grid, coords)
+    if rescale is not None:
+        offsets = offsets * rescale.to(offsets)
     resized = read_table(table.to(dtype), offsets.flatten(0, 1))
     return resized.unflatten(-1, table_size(hw)).to(table.dtype)
 
