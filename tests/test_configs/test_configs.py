@@ -227,3 +227,14 @@ def test_fine_tuning_starts_from_the_end_of_its_training(name):
     assert re.match('spvit-[a-z]+', folder)[0] == re.match('spvit-[a-z]+', name)[0]
     assert ('tokenlabel' in folder) == ('tokenlabel' in name)
     assert file == 'epoch_310.pth'
+
+
+@pytest.mark.parametrize('folder', ['classification', 'token_labeling'])
+def test_heads_of_the_released_recipe_start_as_released(folder, mmpretrain_scope):
+    (name,) = (n for n in names(folder) if n.startswith('spvit-small_8xb128'))
+    head = MODELS.build(dict(read(name).model.head, num_classes=50))
+    head.init_weights()
+    for module in head.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert module.bias.eq(0).all()

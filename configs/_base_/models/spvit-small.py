@@ -12,6 +12,8 @@ model = dict(
         num_classes=1000,
         in_channels=384,
         loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
+        # mmpretrain starts it at 0, the released code as every other Linear.
+        init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02),
     ),
     init_cfg=[
         dict(type='TruncNormal', layer='Linear', std=0.02),
