@@ -154,11 +154,16 @@ def convert_to_mm(content, source='auto', options=None):
     # DeiT III's names of its layer scales -> timm's.
     state = {re.sub(r'\bgamma_([12])$', r'ls\1.gamma', k): v for k, v in state.items()}
     backbone, head, pos_extra = infer_structure(state, options.img_size)
+    # What is asked for must be what the weights are.
+    is_vit = source in ('deit', 'timm')
+    if options.classifier == 'tokenlabel':
+        head['type'] = 'TokenLabelClsHead'
+    if options.num_heads is not None:
+        backbone['arch']['num_heads'] = options.num_heads
+    if options.num_spsa_layers is not None and not is_vit:
+        backbone['num_spsa_layers'] = options.num_spsa_layers
     check_state(state, backbone, head, pos_extra)
     ours = to_ours(state, names.ALL)
-    dtypes = {str(v.dtype) for v in ours.values() if v.is_floating_point()}
-    if dtypes != {'torch.float32'}:
-        notes.append(f'Weights of {", ".join(sorted(dtypes))} are stored as float32.')
     if options.classifier == 'plain' and head['type'] == 'TokenLabelClsHead':
         head['type'] = 'VisionTransformerClsHead'
         ours = {k: v for k, v in ours.items() if not k.startswith('head.aux_head.')}
@@ -166,20 +171,9 @@ def convert_to_mm(content, source='auto', options=None):
             'Left out, as asked: the auxiliary head. The source adds half of its maximum '
             'to the logits; these are the class token alone.'
         )
-    if options.classifier == 'tokenlabel' and head['type'] != 'TokenLabelClsHead':
-        raise CheckpointError(
-            "`classifier='tokenlabel'` needs an auxiliary head (`aux_head`), which the "
-            "checkpoint has not. Take 'plain'."
-        )
-    _say_what_no_weight_shows(backbone, source, options, notes)
-    if source in ('deit', 'timm'):
+    _say_what_no_weight_shows(backbone, options, 1e-6 if is_vit else 1e-5, notes)
+    if is_vit:
         _make_spsa(backbone, options, notes)
-    elif options.num_spsa_layers not in (None, backbone['num_spsa_layers']):
-        raise CheckpointError(
-            f'`num_spsa_layers` is {options.num_spsa_layers}, but the checkpoint has '
-            f'{backbone["num_spsa_layers"]}. Only layers of deit and timm are made '
-            'SP-SA.'
-        )
     _place_cls_token(backbone, pos_extra, source, content, options, notes)
     # The model knows how to fit the position embedding. Its new priors are neutral,
     # and the same ones each time.
@@ -188,10 +182,10 @@ def convert_to_mm(content, source='auto', options=None):
         model = build(backbone, head)
     ours['backbone.train_grid'] = model.backbone.train_grid
     missing, unexpected = model.load_state_dict(ours, strict=False)
-    assert not unexpected
-    assert all('.attn.prior.' in key for key in missing)
+    assert not unexpected, unexpected
+    assert all('.attn.prior.' in key for key in missing), missing
     number = sum(param.numel() for param in model.parameters())
-    notes.append(f'The model has {number:,} parameters.')
+    notes.append(f'The model has {number:,} parameters, in float32.')
 
     normalization = options.normalization or (
         'half' if source == 'timm' else 'imagenet'
@@ -267,38 +261,27 @@ def _without_distillation(state, options, notes):
     return state
 
 
-def _say_what_no_weight_shows(backbone, source, options, notes):
+def _say_what_no_weight_shows(backbone, options, eps, notes):
     """Put heads, skip scale and eps into the arguments of an SPViT."""
-    arch, has_stem = backbone['arch'], backbone['stem'] != 'patch'
-    width, known = arch['embed_dims'], arch['num_heads']
+    arch, with_stem = backbone['arch'], backbone['stem'] != 'patch'
     published = SPViT.arch_zoo.get(find_arch(backbone), {})
-    if known and options.num_heads not in (None, known):
-        raise CheckpointError(
-            f'`num_heads` is {options.num_heads}, but the priors of the checkpoint (b2) '
-            f'are of {known} heads. Leave it out.'
-        )
-    if known is None:
-        by_width = None if width % 64 else width // 64
-        known = options.num_heads or published.get('num_heads', by_width)
-    if known is None:
-        raise CheckpointError(
-            f'No weight shows the number of heads, and the width {width} is none of a '
-            'published model. Say it with `--num-heads N`.'
-        )
-    skip_scale = options.skip_scale
+    num_heads, skip_scale = arch['num_heads'], options.skip_scale
+    if num_heads is None:
+        width = arch['embed_dims']
+        num_heads = published.get('num_heads', None if width % 64 else width // 64)
     if skip_scale is None:
-        skip_scale = published.get('skip_scale', None if has_stem else 1.0)
-    if skip_scale is None:
+        skip_scale = published.get('skip_scale', None if with_stem else 1.0)
+    if num_heads is None or skip_scale is None:
         raise CheckpointError(
-            f'No weight shows the skip scale, and {arch["num_layers"]} blocks of width '
-            f'{width} are none of the released shapes. Say it with `--skip-scale S` '
-            '(released: 2 for S and M, 3 for L).'
+            f'No weight shows heads ({num_heads}) and skip scale ({skip_scale}), and '
+            f'{arch} are the layers of no published model. Say what is None with '
+            '`--num-heads N` or `--skip-scale S` (released: 2 for S and M, 3 for L).'
         )
-    eps = options.norm_eps or (1e-6 if source in ('deit', 'timm') else 1e-5)
-    arch['num_heads'] = known
+    eps = options.norm_eps or eps
+    arch['num_heads'] = num_heads
     backbone.update(skip_scale=skip_scale, norm_cfg=dict(type='LN', eps=eps))
     notes.append(
-        f'{known} heads, skip scale {skip_scale}, eps {eps}: what no weight shows is '
+        f'{num_heads} heads, skip scale {skip_scale}, eps {eps}: what no weight shows is '
         'that of the published models (`--num-heads`, `--skip-scale`, `--norm-eps`).'
     )
 

@@ -76,6 +76,7 @@ def _widen_priors(state, backbone):
     """The released hidden width is that of a head: fill up with zero units."""
     heads, hidden = backbone['arch']['num_heads'], backbone['prior']['hidden_dims']
     width = backbone['arch']['embed_dims'] // heads
+    _require(heads > 1, 'a prior for each head, not one that all share')
     _require(
         hidden <= width,
         f'priors of the hidden width of a head, {width}, and cannot hold {hidden} units',

@@ -22,27 +22,21 @@ def pick_state_dict(content, weights='auto'):
         Tuple[Dict[str, Tensor], str]: The weights without any ``module.`` in
         front of their names, and the entry that they were in.
     """
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(
-            f'The file holds a {type(content).__name__} and no weights.'
-        )
-    if all(isinstance(value, torch.Tensor) for value in content.values()):
-        content = {PLAIN_KEYS[0]: content}
-    plain = next((key for key in PLAIN_KEYS if content.get(key) is not None), None)
-    ema = next((key for key in EMA_KEYS if content.get(key) is not None), None)
-    if 'ema_state_dict' in content:
+    entries = content if isinstance(content, dict) else {}
+    if entries and all(isinstance(value, torch.Tensor) for value in entries.values()):
+        entries = {PLAIN_KEYS[0]: content}
+    plain = next((key for key in PLAIN_KEYS if entries.get(key) is not None), None)
+    ema = next((key for key in EMA_KEYS if entries.get(key) is not None), None)
+    if 'ema_state_dict' in entries:
         plain, ema = 'ema_state_dict', plain
     entry = {'plain': plain, 'ema': ema, 'auto': ema or plain}[weights]
-    if entry is None:
+    state = entries.get(entry)
+    if not isinstance(state, dict):
         kind = '' if weights == 'auto' else f'{weights} '
         raise CheckpointError(
-            f'The file has no {kind}weights: its entries are {list(content)}, looked '
-            f'for were {PLAIN_KEYS[1:] + EMA_KEYS}.'
-        )
-    state = content[entry]
-    if not isinstance(state, dict):
-        raise CheckpointError(
-            f'`{entry}` holds a {type(state).__name__} and no weights.'
+            f'The file has no {kind}weights. It is a {type(content).__name__} of '
+            f'{list(entries)}; looked for was a dict of tensors, or one under '
+            f'{PLAIN_KEYS[1:] + EMA_KEYS}.'
         )
     clean = OrderedDict()
     for key, value in state.items():

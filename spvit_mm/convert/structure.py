@@ -28,15 +28,13 @@ def infer_structure(state, img_size=None):
     """
 
     def shape(key, ndim):
-        if key not in state:
+        value = state.get(key)
+        if value is None or value.ndim != ndim or 0 in value.shape:
+            got = 'nothing' if value is None else tuple(value.shape)
             raise CheckpointError(
-                f'The checkpoint has no `{key}`, so its model cannot be told.'
+                f'The model is told by `{key}`, of {ndim} dimensions, but it is {got}.'
             )
-        if state[key].ndim != ndim or 0 in state[key].shape:
-            raise CheckpointError(
-                f'`{key}` must have {ndim} dimensions, got {tuple(state[key].shape)}.'
-            )
-        return tuple(state[key].shape)
+        return tuple(value.shape)
 
     width, channels, *patch = shape('patch_embed.proj.weight', 4)
     stem = 'patch'

@@ -28,11 +28,6 @@ LEGACY_MAGIC = b'l\xfc\x9cF\xf9 j\xa8P\x19.'
 HTML_STARTS = (b'<!doctype', b'<html', b'<head', b'<?xml', b'<!--', b'<body')
 # Whether torch's unpickler can be allowed anything: since PyTorch 2.4.
 CAN_ALLOW = hasattr(torch.serialization, 'add_safe_globals')
-TRUST = (
-    'If you trust its author, say so with `--trust-checkpoint` (in Python: trust=True), '
-    'or save the weights alone where it was made: '
-    "torch.save({'state_dict': model.state_dict()}, ...)."
-)
 
 
 class StandIn:
@@ -137,9 +132,6 @@ def _allow_stand_ins():
 
     What is allowed is a global of torch's, so one thread at a time may set it.
     """
-    if not CAN_ALLOW:
-        yield
-        return
     with _LOCK:
         others = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
@@ -181,7 +173,7 @@ def read_checkpoint(path, trust=False, plain=False):
     try:
         if trust:
             return torch.load(path, map_location='cpu', weights_only=False)
-        with nullcontext() if plain else _allow_stand_ins():
+        with _allow_stand_ins() if CAN_ALLOW and not plain else nullcontext():
             content = torch.load(path, map_location='cpu', weights_only=True)
         return _make(content)
     except (pickle.UnpicklingError, UnsafeCheckpointError) as error:
@@ -220,7 +212,7 @@ def safe_loader(trust=False):
 
 def _refusal(path, error, plain):
     """The error that names what a file asked for."""
-    reason, taken = str(error), 'tensors and plain containers.'
+    reason = str(error)
     if isinstance(error, pickle.UnpicklingError):
         asked = re.search(r'(?:GLOBAL|Unsupported class) ([\w.]+)', reason)
         odd = re.search(r'(?:Unsupported|Can only|Trying to|Only) [^\n]*', reason)
@@ -230,15 +222,17 @@ def _refusal(path, error, plain):
             reason = f'for `{asked[1]}` it takes PyTorch 2.4 or newer'
         else:
             reason = f'it asks for `{asked[1]}`'
-    if not plain:
-        taken = (
-            'tensors, plain containers, argparse.Namespace, numpy numbers and '
-            f'HistoryBuffer. {TRUST}'
-        )
-    return UnsafeCheckpointError(
+    message = (
         f'`{path}` is refused: {reason}. That could run code while it is loaded, so '
-        f'nothing was. Taken are {taken}'
+        'nothing was.'
     )
+    if not plain:
+        message += (
+            ' If you trust its author, say so with `--trust-checkpoint` (in Python: '
+            'trust=True), or save the weights alone where it was made: '
+            "torch.save({'state_dict': model.state_dict()}, ...)."
+        )
+    return UnsafeCheckpointError(message)
 
 
 def _damage(path, error):

@@ -1,5 +1,8 @@
 import argparse
 import importlib.util
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -253,6 +256,7 @@ def test_back_widens_the_priors_and_keeps_the_function():
         (dict(prior=dict(type='MLPSpatialPrior', hidden_dims=(8, 8))), 'prior.w3'),
         (dict(prior=dict(type='MLPSpatialPrior', hidden_dims=16)), 'cannot hold 16'),
         (dict(share_prior='network'), 'backbone.prior.w1'),
+        (dict(share_prior='heads'), 'a prior for each head'),
         (dict(qkv_bias=True), 'attn.qkv.bias'),
         (dict(stem='patch'), 'convolution stem alone'),
         (dict(with_peg=False), 'a PEG in all'),
@@ -343,7 +347,7 @@ def test_half_precision_is_stored_as_float32():
     assert all(
         v.dtype in (torch.float32, torch.int64) for v in result.state_dict.values()
     )
-    assert any('float16' in note for note in result.notes)
+    assert any('in float32' in note for note in result.notes)
 
 
 def test_where_the_class_token_joins_can_be_said():
@@ -494,11 +498,11 @@ def test_every_missing_key_and_odd_shape_is_listed():
     [
         ('lvvit', dict(num_heads=None), '--num-heads'),
         ('lvvit', dict(num_heads=5), 'must be divisible'),
-        ('spvit', dict(num_heads=4), r'b2.*3 heads'),
+        ('spvit', dict(num_heads=4), r'b2: .3,. instead of .4,.'),
         ('spvit', dict(skip_scale=None), '--skip-scale'),
         ('spvit', dict(skip_scale=0.0), 'above 0'),
         ('spvit', dict(img_size=(32, 32)), r'pos_embed: .1, 16, 24. instead'),
-        ('spvit', dict(num_spsa_layers=1), 'has 2'),
+        ('spvit', dict(num_spsa_layers=1), r'no place.*\n.*1\.attn\.b2'),
         ('spvit', dict(cls_token_layer=9), r'0\.\.3'),
         ('deit', dict(num_spsa_layers=4), r'0\.\.3'),
         ('deit', dict(classifier='tokenlabel'), 'aux_head'),
@@ -527,7 +531,7 @@ def test_wrong_source_and_openmmlab_files():
     with pytest.raises(CheckpointError, match='backbone.layers'):
         convert_to_released({'state_dict': state})
     with pytest.raises(
-        CheckpointError, match='no `patch_embed.proj.weight`, so its model'
+        CheckpointError, match='told by `patch_embed.proj.weight`.*nothing'
     ):
         convert_to_mm({'conv1.weight': torch.ones(1)})
 
@@ -590,6 +594,59 @@ def test_a_failed_write_leaves_nothing(tmp_path, source_file, monkeypatch):
     with pytest.raises(OSError, match='No space left'):
         convert_file(source_file, out, options=Options(skip_scale=2.0))
     assert not list(out.parent.iterdir())
+
+
+def test_a_failed_config_leaves_nothing(tmp_path, source_file, monkeypatch):
+    def fail(path, *args, **kwargs):
+        raise OSError('No space left on device')
+
+    out = tmp_path / 'out' / 'ours.pth'
+    monkeypatch.setattr(Path, 'write_text', fail)
+    with pytest.raises(UserError, match='No space left'):
+        tool()([str(source_file), str(out), '--skip-scale', '2'])
+    assert not list(out.parent.iterdir())
+
+
+def test_only_a_trusted_file_may_run_code(tmp_path):
+    content = dict(state_dict=as_saved(make_state(SMALL['spvit'])), args=Evil(tmp_path))
+    src, out = tmp_path / 'evil.pth', tmp_path / 'ours.pth'
+    torch.save(content, src)
+    with pytest.raises(UserError, match='asks for `io.open`'):
+        tool()([str(src), str(out), '--skip-scale', '2'])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['evil.pth']
+    tool()([str(src), str(out), '--skip-scale', '2', '--trust-checkpoint'])
+    assert (tmp_path / 'ran').exists()
+    assert out.exists()
+
+
+class Evil:
+    def __init__(self, folder):
+        self.marker = str(folder / 'ran')
+
+    def __reduce__(self):
+        return open, (self.marker, 'w')
+
+
+def test_the_config_runs_from_anywhere(tmp_path, source_file):
+    """In a process that has imported nothing, of files that were moved."""
+    tool()([str(source_file), str(tmp_path / 'a' / 'x.pth'), '--skip-scale', '2'])
+    shutil.move(tmp_path / 'a', tmp_path / 'b')
+    assert len((tmp_path / 'b' / 'x.py').read_text().splitlines()) < 100
+    code = (
+        'import sys; from mmengine.config import Config\n'
+        'cfg = Config.fromfile(sys.argv[1])\n'
+        'print(cfg.load_from, cfg.model.type, cfg.default_hooks.checkpoint.type)'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path / 'b' / 'x.py')],
+        cwd=tmp_path / 'in',
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    checkpoint, *types = done.stdout.split()[-3:]
+    assert Path(checkpoint).samefile(tmp_path / 'b' / 'x.pth')
+    assert types == ['TokenLabelClassifier', 'AtomicCheckpointHook']
 
 
 def test_bad_files_are_one_line_and_write_nothing(tmp_path, source_file):

@@ -295,7 +295,7 @@ def test_plain(tmp_path):
     torch.save(dict(args=argparse.Namespace()), tmp_path / 'rich.pth')
     assert read_checkpoint(tmp_path / 'plain.pth', plain=True)['a'] == 1
     with pytest.raises(
-        UnsafeCheckpointError, match=r'argparse.Namespace`.*containers\.$'
+        UnsafeCheckpointError, match=r'argparse.Namespace`.*nothing was\.$'
     ):
         read_checkpoint(tmp_path / 'rich.pth', plain=True)
 
