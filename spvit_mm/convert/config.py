@@ -49,7 +49,7 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-load_from = '{{{{ fileDirname }}}}/{checkpoint}'
+load_from = {checkpoint!r}
 """
 
 
@@ -92,7 +92,7 @@ def config_text(source, checkpoint, conversion):
         base=BASES[model['type']],
         settings=Config(settings).pretty_text,
         size=size,
-        checkpoint=checkpoint.replace("'", "\\'"),
+        checkpoint=f'{{{{ fileDirname }}}}/{checkpoint}',
     )
 
 
