@@ -1,6 +1,5 @@
 """Checkpoints of other codebases -> ours, and back to the released names."""
 
-from ..utils import CheckpointError, UnsafeCheckpointError
 from .convert import (
     Conversion,
     Options,
@@ -10,10 +9,8 @@ from .convert import (
 )
 
 __all__ = [
-    'CheckpointError',
     'Conversion',
     'Options',
-    'UnsafeCheckpointError',
     'convert_file',
     'convert_to_mm',
     'convert_to_released',

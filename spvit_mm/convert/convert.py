@@ -1,99 +1,78 @@
 """Converting a checkpoint file: read, infer, rename, check, write."""
 
-import contextlib
-import os
-import tempfile
-from dataclasses import dataclass, field
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 import torch
 from mmengine.logging import MMLogger
 
-from ..utils import CheckpointError, read_checkpoint
+from ..models import SPViT
+from ..utils import CheckpointError, check_new_file, read_checkpoint, whole_file
 from ..version import __version__
-from . import config
-from .state import (
-    add_neutral_priors,
-    as_float32,
-    drop_distillation,
-    pick_state_dict,
-    place_cls_position,
-    to_ours,
-    to_released,
-)
-from .structure import (
-    SOURCES,
-    count_parameters,
-    detect_source,
-    find_heads,
-    find_skip_scale,
-    infer_structure,
-)
+from . import names
+from .config import NORMALIZATIONS, config_text, model_cfg
+from .released import to_released
+from .state import pick_state_dict, to_ours
+from .structure import build, check_state, find_arch, infer_structure
 
+SOURCES = ('auto', 'spvit', 'lvvit', 'deit', 'timm')
 TARGETS = ('mm', 'spvit')
-CLASSIFIERS = ('auto', 'tokenlabel', 'plain')
-DISTILLED = ('refuse', 'drop')
+CHOICES = dict(
+    weights=('auto', 'ema', 'plain'),
+    classifier=('auto', 'tokenlabel', 'plain'),
+    distilled=('refuse', 'drop'),
+    normalization=(None, *NORMALIZATIONS),
+)
 
 
 @dataclass
 class Options:
-    """What the weights alone do not say. None: inferred, or the source's habit.
+    """What the weights alone do not say. None: inferred, or the source's habit."""
 
-    Args:
-        weights (str): 'ema', 'plain' or 'auto' (EMA where there is one).
-        num_spsa_layers (int, optional): For deit and timm, whose layers are all
-            vanilla: how many of the first become SP-SA, with neutral priors.
-            Defaults to None: all but the last two.
-        cls_token_layer (int, optional): Where the class token joins. Defaults
-            to None: where it does in the source (deit, timm, lvvit: first;
-            spvit: after its SP-SA layers).
-        hidden_dims (int): Hidden width of those new priors. Defaults to 32.
-        num_heads (int, optional): Where no prior shows it.
-        skip_scale (float, optional): Divisor of the residual branches.
-        norm_eps (float, optional): Of the layer norms; None: 1e-5 for spvit
-            and lvvit, 1e-6 for deit and timm.
-        img_size (Tuple[int, int], optional): The training image, (h, w) in
-            pixels, for a grid that is not square.
-        classifier (str): 'tokenlabel' keeps an auxiliary head, 'plain' leaves
-            it out (said in the log), 'auto' keeps it if there is one.
-        distilled (str): 'refuse' a distilled DeiT or 'drop' its second token.
-        normalization (str, optional): 'imagenet' or 'half', for the config.
-            None: 'half' for timm, else 'imagenet'.
-        test_crop (float, optional): The test crop, for the config.
-    """
-
-    weights: str = 'auto'
+    weights: str = 'auto'  # EMA where there is one
+    # Of deit and timm, whose layers are vanilla: how many become SP-SA (None: all but
+    # the last two), with neutral priors of so many hidden units.
     num_spsa_layers: Optional[int] = None
-    cls_token_layer: Optional[int] = None
     hidden_dims: int = 32
+    cls_token_layer: Optional[int] = None
     num_heads: Optional[int] = None
     skip_scale: Optional[float] = None
     norm_eps: Optional[float] = None
-    img_size: Optional[tuple] = None
-    classifier: str = 'auto'
-    distilled: str = 'refuse'
-    normalization: Optional[str] = None
-    test_crop: Optional[float] = None
+    img_size: Optional[tuple] = None  # (h, w), for a grid that is not square
+    classifier: str = 'auto'  # 'plain' leaves an auxiliary head out
+    distilled: str = 'refuse'  # or 'drop' its second token
+    normalization: Optional[str] = None  # of the config
+    test_crop: Optional[float] = None  # of the config
+
+    def __post_init__(self):
+        for name, accepted in CHOICES.items():
+            _check_choice(name, getattr(self, name), accepted)
+        for name in ('test_crop', 'norm_eps'):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise CheckpointError(f'`{name}` must lie in (0, 1], got {value}.')
 
 
 @dataclass
 class Conversion:
-    """A converted checkpoint before it is written.
-
-    Attributes:
-        state_dict (Dict[str, Tensor]): The weights under their new names.
-        model (dict, optional): The model config, None with ``--to spvit``.
-        config (str, optional): The text of the config file, likewise.
-        source (str): What it was converted from.
-        notes (List[str]): What was inferred, assumed or changed.
-    """
+    """A converted checkpoint before it is written."""
 
     state_dict: dict
     source: str
+    # What was inferred, assumed or changed.
+    notes: list
+    # For the config; with `--to spvit` there is none.
     model: Optional[dict] = None
-    config: Optional[str] = None
-    notes: list[str] = field(default_factory=list)
+    normalization: str = 'imagenet'
+    test_crop: float = 1.0
+
+
+def _check_choice(name, value, accepted):
+    if value not in accepted:
+        raise CheckpointError(f'`{name}` must be one of {accepted}, got {value!r}.')
 
 
 def convert_file(
@@ -117,339 +96,240 @@ def convert_file(
         Conversion: What was written.
 
     Raises:
-        CheckpointError: If the file cannot be read or converted. Nothing is
+        UserError: If a file to write exists and ``force`` is False, or (a
+            CheckpointError) the source cannot be read or converted. Nothing is
             written then.
-        FileExistsError: If a file to write exists and ``force`` is False.
     """
-    options = options or Options()
-    _check_choices(source=(source, ('auto', *SOURCES)), target=(target, TARGETS))
-    src, out = Path(src), Path(out)
-    paths = [out] if target == 'spvit' else [out, out.with_suffix('.py')]
-    _check_outputs(src, paths, force)
+    _check_choice('target', target, TARGETS)
+    src, out = Path(src).expanduser(), Path(check_new_file(str(out), ('.pth',), force))
+    if out.exists() and src.exists() and out.samefile(src):
+        raise CheckpointError(f'`out` is the source itself, `{src}`.')
+    if target == 'mm':
+        check_new_file(str(out.with_suffix('.py')), ('.py',), force)
 
     content = read_checkpoint(src, trust)
     if target == 'spvit':
         result = convert_to_released(content, options)
     else:
-        result = convert_to_mm(content, source, options, src.name, out.name)
+        result = convert_to_mm(content, source, options)
     logger = MMLogger.get_current_instance()
     for note in result.notes:
         logger.info(note)
-
     checkpoint = dict(state_dict=result.state_dict)
-    if target == 'mm':
-        checkpoint['meta'] = dict(
-            spvit_mm_version=__version__, source=result.source, converted_from=src.name
-        )
-    _write(paths, checkpoint, result.config, force)
-    logger.info('Wrote ' + ' and '.join(str(path) for path in paths))
+    # Both files are whole before either takes its place.
+    with ExitStack() as stack:
+        if target == 'mm':
+            checkpoint['meta'] = dict(
+                spvit_mm_version=__version__,
+                source=result.source,
+                converted_from=src.name,
+            )
+            text = config_text(src.name, out.name, result)
+            config = stack.enter_context(whole_file(str(out.with_suffix('.py'))))
+            Path(config).write_text(text, encoding='utf-8')
+        torch.save(checkpoint, stack.enter_context(whole_file(str(out))))
+    logger.info(f'Wrote {out}' + (' and its config.' if target == 'mm' else '.'))
     return result
 
 
-def convert_to_mm(
-    content, source='auto', options=None, src_name='', out_name='out.pth'
-):
-    """Convert the content of a file to our names, with its config.
+def convert_to_mm(content, source='auto', options=None):
+    """Convert the content of a file to our names.
 
     Args:
         content (object): What :func:`~spvit_mm.utils.read_checkpoint` returned.
         source (str): See :func:`convert_file`.
         options (Options, optional): See :class:`Options`.
-        src_name (str): Name of the source file, for the config's comment.
-        out_name (str): Name of the checkpoint, for the config.
 
     Returns:
-        Conversion: State dict, model config, config text and notes.
+        Conversion: State dict, what its config needs, and notes.
+
+    Raises:
+        CheckpointError: If any weight finds no place, or is missing.
     """
     options = options or Options()
-    _check_options(options)
     state, entry = pick_state_dict(content, options.weights)
-    notes = [f'Weights: `{entry}`, {count_parameters(state):,} parameters.']
-    source = _resolve_source(source, state, content, notes)
+    source = _resolve_source(source, state, content)
+    notes = [f'Weights: `{entry}`, as {source} (`--from`).']
     state = _without_distillation(state, options, notes)
-    structure = infer_structure(state, options.img_size)
-    num_heads, why = find_heads(structure, options.num_heads)
-    structure.num_heads = num_heads
-    notes.append(
-        f'{source}: {structure.num_layers} layers of width {structure.embed_dims}, '
-        f'{num_heads} heads (by {why}), feedforward {structure.feedforward_channels}, '
-        f'{structure.num_spsa_layers} SP-SA layers, PEG '
-        f'{"yes" if structure.with_peg else "no"}, grid {structure.grid[0]} x '
-        f'{structure.grid[1]}, {structure.num_classes} classes.'
-    )
+    # DeiT III's names of its layer scales -> timm's.
+    state = {re.sub(r'\bgamma_([12])$', r'ls\1.gamma', k): v for k, v in state.items()}
+    backbone, head, pos_extra = infer_structure(state, options.img_size)
+    # What is asked for must be what the weights are.
     is_vit = source in ('deit', 'timm')
-    skip_scale = find_skip_scale(structure, options.skip_scale)
-    ours = to_ours(state, structure)
-    dtypes = as_float32(ours)
-    if dtypes:
-        notes.append(f'Weights of {", ".join(dtypes)} were stored as float32.')
-
-    num_spsa_layers, hidden = structure.num_spsa_layers, structure.hidden_dims
-    if is_vit:
-        num_spsa_layers, hidden = _new_priors(structure, options)
-        add_neutral_priors(ours, num_spsa_layers, num_heads, hidden)
+    if options.classifier == 'tokenlabel':
+        head['type'] = 'TokenLabelClsHead'
+    if options.num_heads is not None:
+        backbone['arch']['num_heads'] = options.num_heads
+    if options.num_spsa_layers is not None and not is_vit:
+        backbone['num_spsa_layers'] = options.num_spsa_layers
+    check_state(state, backbone, head, pos_extra)
+    ours = to_ours(state, names.ALL)
+    if options.classifier == 'plain' and head['type'] == 'TokenLabelClsHead':
+        head['type'] = 'VisionTransformerClsHead'
+        ours = {k: v for k, v in ours.items() if not k.startswith('head.aux_head.')}
         notes.append(
-            f'The first {num_spsa_layers} layers are SP-SA with new, neutral priors of '
-            f'hidden width {hidden}: they compute what the source does.'
+            'Left out, as asked: the auxiliary head. The source adds half of its maximum '
+            'to the logits; these are the class token alone.'
         )
-    elif options.num_spsa_layers not in (None, num_spsa_layers):
-        raise CheckpointError(
-            f'`num_spsa_layers` is {options.num_spsa_layers}, but the checkpoint has '
-            f'{num_spsa_layers}. Only layers of deit and timm are made SP-SA.'
-        )
-    layer = _cls_token_layer(structure, source, content, options, notes)
-    note = place_cls_position(ours, structure.pos_extra, layer)
-    notes += [note] if note else []
-
-    classifier = _classifier(structure, ours, options, notes)
-    norm_eps = options.norm_eps or (1e-6 if is_vit else 1e-5)
-    backbone = config.backbone_cfg(
-        structure, num_heads, skip_scale, norm_eps, num_spsa_layers, layer, hidden
-    )
-    model = config.model_cfg(structure, backbone, classifier)
-    config.check_loads(model, ours)
+    _say_what_no_weight_shows(backbone, options, 1e-6 if is_vit else 1e-5, notes)
+    if is_vit:
+        _make_spsa(backbone, options, notes)
+    _place_cls_token(backbone, pos_extra, source, content, options, notes)
+    # The model knows how to fit the position embedding. Its new priors are neutral,
+    # and the same ones each time.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build(backbone, head)
+    ours['backbone.train_grid'] = model.backbone.train_grid
+    missing, unexpected = model.load_state_dict(ours, strict=False)
+    assert not unexpected, unexpected
+    assert all('.attn.prior.' in key for key in missing), missing
+    number = sum(param.numel() for param in model.parameters())
+    notes.append(f'The model has {number:,} parameters, in float32.')
 
     normalization = options.normalization or (
         'half' if source == 'timm' else 'imagenet'
     )
-    crop = options.test_crop or _test_crop(source, structure)
+    crop = options.test_crop or _test_crop(source, backbone)
     notes.append(
         f"The config tests with crop {crop} and normalization '{normalization}', as is "
         f'the habit of {source}; no weight shows either (`--test-crop`, '
         '`--normalization`).'
     )
-    text = config.config_text(
-        src_name,
-        out_name,
-        model,
-        structure,
-        normalization,
-        crop,
-        _comments(model, layer),
-    )
-    return Conversion(ours, source, model, text, notes)
+    cfg = model_cfg(backbone, head)
+    return Conversion(model.state_dict(), source, notes, cfg, normalization, crop)
 
 
 def convert_to_released(content, options=None):
-    """Convert the content of a checkpoint of ours to the released names."""
-    options = options or Options()
-    _check_options(options)
-    state, entry = pick_state_dict(content, options.weights)
-    out, structure, notes = to_released(state)
-    notes.insert(0, f'Weights: `{entry}`, {count_parameters(out):,} parameters.')
-    number = structure.num_spsa_layers
-    if structure.pos_extra and number:
-        notes.append(
-            'WARNING: here the class token comes first (cls_token_layer=0); the released '
-            'code lets it join after the SP-SA layers and does not load the class '
-            "token's entry of pos_embed unless it is changed."
-        )
-    elif not structure.pos_extra:
-        layer = number or 'the cls_token_layer of this model'
-        notes.append(
-            f'In the released code set local_up_to_layer to {layer}: the class token '
-            'joins there, so a cls_token_layer other than the number of SP-SA layers '
-            'would compute something else.'
-        )
-    return Conversion(out, 'mm', notes=notes)
+    """Convert the content of a checkpoint of ours to the released names.
+
+    Raises:
+        CheckpointError: If any weight has no counterpart there.
+    """
+    state, entry = pick_state_dict(content, (options or Options()).weights)
+    out, notes = to_released(state)
+    return Conversion(out, 'mm', [f'Weights: `{entry}`.', *notes])
 
 
-# --------------------------------------------------------------- decisions
-
-
-def _check_choices(**choices):
-    for name, (value, accepted) in choices.items():
-        if value not in accepted:
-            raise CheckpointError(f'`{name}` must be one of {accepted}, got {value!r}.')
-
-
-def _check_options(options):
-    _check_choices(
-        classifier=(options.classifier, CLASSIFIERS),
-        distilled=(options.distilled, DISTILLED),
-        normalization=(options.normalization, (None, *config.NORMALIZATIONS)),
-    )
-    crop = options.test_crop
-    if crop is not None and not 0 < crop <= 1:
-        raise CheckpointError(f'`test_crop` must lie in (0, 1], got {crop}.')
-    if options.norm_eps is not None and not options.norm_eps > 0:
-        raise CheckpointError(f'`norm_eps` must be positive, got {options.norm_eps}.')
-    if options.hidden_dims < 1:
+def _resolve_source(source, state, content):
+    """Tell the source by the keys; deit and timm have the same."""
+    if any(key.startswith('backbone.') for key in state):
         raise CheckpointError(
-            f'`hidden_dims` must be a positive integer, got {options.hidden_dims}.'
+            'This is a checkpoint of OpenMMLab, which needs no conversion: say '
+            "load_from=FILE, or init_cfg=dict(type='Pretrained', checkpoint=FILE, "
+            "prefix='backbone') in the backbone. `--to spvit` converts it back."
         )
-
-
-def _resolve_source(source, state, content, notes):
-    found = detect_source(state)
-    if found == 'vit':
-        # The two have the same keys; only their releases differ in habit.
-        found = 'deit' if 'model' in content or 'dist_token' in state else 'timm'
-        if source == 'auto':
-            notes.append(
-                f"Taken as {found}: DeiT and timm share their keys, and DeiT's releases "
-                'hold an entry `model`. If it is the other, say `--from` (it decides the '
-                'normalization and test crop of the config, not the weights).'
-            )
-    family = {'deit': 'vit', 'timm': 'vit'}
-    if source != 'auto' and family.get(source, source) != family.get(found, found):
+    if any('.pos_block.' in key or '.attn.qk.' in key for key in state):
+        found = ('spvit',)
+    elif 'patch_embed.conv1.weight' in state:
+        found = ('lvvit',)
+    elif 'model' in content or 'dist_token' in state:
+        # Only their releases differ, in normalization and test crop.
+        found = ('deit', 'timm')
+    else:
+        found = ('timm', 'deit')
+    if source == 'auto':
+        return found[0]
+    if source not in found:
         # A released SP-ViT without SP-SA and PEG would be an LV-ViT.
         raise CheckpointError(
-            f'`--from {source}` does not fit: the keys are those of {found}. Take '
-            f'`--from {found}` or `--from auto`.'
+            f'`--from {source}` does not fit: the keys are those of {found[0]}. Take '
+            f'`--from {found[0]}` or `--from auto`.'
         )
-    return found if source == 'auto' else source
+    return source
 
 
 def _without_distillation(state, options, notes):
-    if 'dist_token' not in state and 'head_dist.weight' not in state:
+    """Leave out the second token of a distilled DeiT and its head."""
+    if 'dist_token' not in state:
         return state
     if options.distilled == 'refuse':
         raise CheckpointError(
-            'This is a distilled DeiT: beside the class token it has a distillation '
-            'token with a head of its own (`dist_token`, `head_dist`), and SP-ViT has '
-            'one extra token only. `--distilled drop` leaves the second one out; the '
-            'outputs then differ, so take it as a start of training alone.'
+            'This is a distilled DeiT: it has a distillation token with a head of its '
+            'own, and SP-ViT has the class token alone. `--distilled drop` leaves them '
+            'out; the outputs then differ, so take it as a start of training.'
         )
-    state, dropped = drop_distillation(state)
+    dropped = [key for key in state if key.startswith(('dist_token', 'head_dist.'))]
+    state = {key: value for key, value in state.items() if key not in dropped}
+    position = state.get('pos_embed')
+    if position is not None and position.ndim == 3:
+        state['pos_embed'] = torch.cat((position[:, :1], position[:, 2:]), 1)
     notes.append(
-        f'Left out of the distilled model: {", ".join(dropped)}. Its outputs are NOT the '
-        "source's until trained."
+        f'Left out of the distilled model: {", ".join(dropped)}, pos_embed[:, 1]. Its '
+        "outputs are NOT the source's until trained."
     )
     return state
 
 
-def _new_priors(structure, options):
-    depth = structure.num_layers
-    number = options.num_spsa_layers
-    if number is None:
-        number = max(depth - 2, 0)
-    if not 0 <= number <= depth:
+def _say_what_no_weight_shows(backbone, options, eps, notes):
+    """Put heads, skip scale and eps into the arguments of an SPViT."""
+    arch, with_stem = backbone['arch'], backbone['stem'] != 'patch'
+    published = SPViT.arch_zoo.get(find_arch(backbone), {})
+    num_heads, skip_scale = arch['num_heads'], options.skip_scale
+    if num_heads is None:
+        width = arch['embed_dims']
+        num_heads = published.get('num_heads', None if width % 64 else width // 64)
+    if skip_scale is None:
+        skip_scale = published.get('skip_scale', None if with_stem else 1.0)
+    if num_heads is None or skip_scale is None:
         raise CheckpointError(
-            f'`num_spsa_layers` must lie in 0..{depth}, got {number}.'
+            f'No weight shows heads ({num_heads}) and skip scale ({skip_scale}), and '
+            f'{arch} are the layers of no published model. Say what is None with '
+            '`--num-heads N` or `--skip-scale S` (released: 2 for S and M, 3 for L).'
         )
-    return number, options.hidden_dims
-
-
-def _cls_token_layer(structure, source, content, options, notes):
-    last = structure.num_layers - 1
-    asked, late = options.cls_token_layer, structure.pos_extra == 0
-    if asked is not None:
-        if not 0 <= asked <= last:
-            raise CheckpointError(
-                f'`cls_token_layer` must lie in 0..{last}, got {asked}.'
-            )
-        return asked
-    if source != 'spvit' or not late:
-        return 0
-    if structure.num_spsa_layers:
-        return min(structure.num_spsa_layers, last)
-    args = content.get('args') if isinstance(content, dict) else None
-    given = getattr(args, 'local_up_to_layer', None)
-    if isinstance(given, int) and 0 < given <= last:
-        layer, why = given, 'the file says so (args.local_up_to_layer)'
-    else:
-        layer = max(structure.num_layers - 2, 0)
-        why = "no weight shows where; all but the last two is the paper's rule"
+    eps = options.norm_eps or eps
+    arch['num_heads'] = num_heads
+    backbone.update(skip_scale=skip_scale, norm_cfg=dict(type='LN', eps=eps))
     notes.append(
-        'No layer is SP-SA, as in the released SP-ViT-L, yet the class token has no '
-        f'position, so it joins late: before layer {layer} ({why}; `--cls-token-layer`).'
+        f'{num_heads} heads, skip scale {skip_scale}, eps {eps}: what no weight shows is '
+        'that of the published models (`--num-heads`, `--skip-scale`, `--norm-eps`).'
     )
-    return layer
 
 
-def _classifier(structure, ours, options, notes):
-    kind = options.classifier
-    if kind == 'auto':
-        kind = 'tokenlabel' if structure.with_aux_head else 'plain'
-    if kind == 'tokenlabel' and not structure.with_aux_head:
-        raise CheckpointError(
-            "`classifier='tokenlabel'` needs an auxiliary head (`aux_head`), which the "
-            "checkpoint has not. Take 'plain'."
-        )
-    if kind == 'plain' and structure.with_aux_head:
-        dropped = [key for key in ours if key.startswith('head.aux_head.')]
-        for key in dropped:
-            del ours[key]
+def _make_spsa(backbone, options, notes):
+    """Let the first layers of a plain ViT be SP-SA."""
+    number, hidden = options.num_spsa_layers, options.hidden_dims
+    if number is None:
+        number = max(backbone['arch']['num_layers'] - 2, 0)
+    backbone['num_spsa_layers'] = number
+    backbone['prior'] = dict(type='MLPSpatialPrior', hidden_dims=hidden)
+    notes.append(
+        f'The first {number} layers are SP-SA with new, neutral priors of hidden width '
+        f'{hidden}: they compute what the source does.'
+    )
+
+
+def _place_cls_token(backbone, pos_extra, source, content, options, notes):
+    """Say where the class token joins: if not asked for, where it does in the source."""
+    depth, number = backbone['arch']['num_layers'], backbone['num_spsa_layers']
+    layer = options.cls_token_layer
+    if layer is None and (source != 'spvit' or pos_extra):
+        layer = 0
+    if layer is None and number:
+        layer = min(number, depth - 1)
+    if layer is None:
+        layer = getattr(content.get('args'), 'local_up_to_layer', None)
+        why = 'the file says so (args.local_up_to_layer)'
+        if not isinstance(layer, int) or not 0 < layer < depth:
+            layer = max(depth - 2, 0)
+            why = "no weight shows where; all but the last two is the paper's rule"
         notes.append(
-            f'Left out, as asked: the auxiliary head ({", ".join(dropped)}). The source '
-            'adds half of its maximum to the logits; these are the class token alone.'
+            'No layer is SP-SA, as in the released SP-ViT-L (the L of the paper has 22), '
+            'yet the class token has no position, so it joins late: before layer '
+            f'{layer} ({why}; `--cls-token-layer`).'
         )
-    return kind
+    if pos_extra and layer:
+        notes.append(
+            f'The class token joins before layer {layer} and has no position there: its '
+            'entry of pos_embed was added to cls_token. Outputs differ from the '
+            "source's until trained; with the class token first they are equal."
+        )
+    backbone['cls_token_layer'] = layer
 
 
-def _test_crop(source, structure):
-    side = min(structure.img_size)
+def _test_crop(source, backbone):
     if source in ('spvit', 'lvvit'):
-        return 0.9 if structure.embed_dims <= 384 else 1.0
-    if side > 224:
+        return 0.9 if backbone['arch']['embed_dims'] <= 384 else 1.0
+    if min(backbone['img_size']) > 224:
         return 1.0
     return 0.875 if source == 'deit' else 0.9
-
-
-def _comments(model, layer):
-    if model['type'] == 'TokenLabelClassifier':
-        yield (
-            'Training it further needs label maps under `label_root`; testing does not. '
-            'To train on images alone convert with --classifier plain.'
-        )
-    backbone = model['backbone']
-    is_large = backbone['arch'] == 'spvit-large' and backbone.get('with_peg', True)
-    if is_large and not backbone['num_spsa_layers']:
-        yield (
-            'An L without SP-SA layers, as the released code builds it; the L of the '
-            f'paper has 22. The class token joins before layer {layer}.'
-        )
-
-
-# ----------------------------------------------------------------- writing
-
-
-def _check_outputs(src, paths, force):
-    if paths[0].suffix != '.pth':
-        raise CheckpointError(f'`out` must end in .pth, got `{paths[0]}`.')
-    for path in paths:
-        if path.exists() and src.exists() and path.samefile(src):
-            raise CheckpointError(f'`out` is the source itself, `{src}`.')
-        if path.is_dir():
-            raise CheckpointError(f'`{path}` is a directory, not a file to write.')
-        if path.exists() and not force:
-            raise FileExistsError(
-                f'`{path}` exists and is not overwritten. Take another name or `--force`.'
-            )
-    folder = paths[0].absolute().parent
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f'`{folder}` is a file, not a folder to write into.')
-
-
-def _write(paths, checkpoint, text, force):
-    """Write all files beside their places first, then put them there."""
-    folder = paths[0].absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = []
-    try:
-        for path in paths:
-            handle, name = tempfile.mkstemp(prefix=f'.{path.name}.', dir=folder)
-            temporary.append(name)
-            with os.fdopen(handle, 'wb') as file:
-                if path is paths[0]:
-                    torch.save(checkpoint, file)
-                else:
-                    file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-        for name, path in zip(temporary, paths, strict=True):
-            if path.exists() and not force:
-                raise FileExistsError(f'`{path}` has appeared meanwhile; it is kept.')
-            os.replace(name, path)
-    finally:
-        for name in temporary:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -26,13 +26,8 @@ ZIP_MAGIC = b'PK\x03\x04'
 # How files of PyTorch before 1.6 start: a pickled number.
 LEGACY_MAGIC = b'l\xfc\x9cF\xf9 j\xa8P\x19.'
 HTML_STARTS = (b'<!doctype', b'<html', b'<head', b'<?xml', b'<!--', b'<body')
-# Whether torch's unpickler can be allowed anything; PyTorch 2.4 is the first.
+# Whether torch's unpickler can be allowed anything: since PyTorch 2.4.
 CAN_ALLOW = hasattr(torch.serialization, 'add_safe_globals')
-TRUST = (
-    'If you trust its author, say so with `--trust-checkpoint` (in Python: trust=True), '
-    'or save the weights alone where it was made: '
-    "torch.save({'state_dict': model.state_dict()}, ...)."
-)
 
 
 class StandIn:
@@ -137,9 +132,6 @@ def _allow_stand_ins():
 
     What is allowed is a global of torch's, so one thread at a time may set it.
     """
-    if not CAN_ALLOW:
-        yield
-        return
     with _LOCK:
         others = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
@@ -181,7 +173,7 @@ def read_checkpoint(path, trust=False, plain=False):
     try:
         if trust:
             return torch.load(path, map_location='cpu', weights_only=False)
-        with nullcontext() if plain else _allow_stand_ins():
+        with _allow_stand_ins() if CAN_ALLOW and not plain else nullcontext():
             content = torch.load(path, map_location='cpu', weights_only=True)
         return _make(content)
     except (pickle.UnpicklingError, UnsafeCheckpointError) as error:
@@ -223,28 +215,24 @@ def _refusal(path, error, plain):
     reason = str(error)
     if isinstance(error, pickle.UnpicklingError):
         asked = re.search(r'(?:GLOBAL|Unsupported class) ([\w.]+)', reason)
-        if asked:
-            reason = f'it asks for `{asked.group(1)}`'
+        odd = re.search(r'(?:Unsupported|Can only|Trying to|Only) [^\n]*', reason)
+        if asked is None:
+            reason = f'its pickle is none of torch.save ({odd[0] if odd else reason})'
+        elif asked[1] in ALLOWED and not CAN_ALLOW:
+            reason = f'for `{asked[1]}` it takes PyTorch 2.4 or newer'
         else:
-            odd = re.search(r'(?:Unsupported|Can only|Trying to|Only) [^\n]*', reason)
-            odd = odd.group() if odd else reason
-            reason = f'its pickle does what no checkpoint needs ({odd})'
-        if asked and asked.group(1) in ALLOWED and not (CAN_ALLOW or plain):
-            return UnsafeCheckpointError(
-                f'`{path}` is refused: {reason}, which is harmless, but PyTorch '
-                f'{torch.__version__} cannot take it without taking any other object, '
-                f'too. PyTorch 2.4 or newer can. {TRUST}'
-            )
-    return UnsafeCheckpointError(
+            reason = f'it asks for `{asked[1]}`'
+    message = (
         f'`{path}` is refused: {reason}. That could run code while it is loaded, so '
-        'nothing was. '
-        + (
-            'It needs tensors alone.'
-            if plain
-            else 'A checkpoint needs tensors, plain containers, argparse.Namespace, '
-            f'numpy numbers and HistoryBuffer. {TRUST}'
-        )
+        'nothing was.'
     )
+    if not plain:
+        message += (
+            ' If you trust its author, say so with `--trust-checkpoint` (in Python: '
+            'trust=True), or save the weights alone where it was made: '
+            "torch.save({'state_dict': model.state_dict()}, ...)."
+        )
+    return UnsafeCheckpointError(message)
 
 
 def _damage(path, error):
@@ -264,39 +252,13 @@ def _check_kind(path):
             head = file.read(64)
     except OSError as error:
         raise CheckpointError(f'`{path}` cannot be read: {error}') from error
-    if head.startswith(ZIP_MAGIC):
-        _check_archive(path)
-        return
-    # The oldest files of torch are tar archives, which it reads beside all guards.
-    is_tar = tarfile.is_tarfile(path)
-    if head.startswith(b'\x80') and LEGACY_MAGIC in head and not is_tar:
-        return
-
-    text = head.lstrip(b'\xef\xbb\xbf \t\r\n').lower()
-    if not head:
-        what = 'empty (0 bytes). Download it again'
-    elif text.startswith(HTML_STARTS):
-        what = 'a web page (HTML), as of an error or a log-in. Download the file itself'
-    elif text.startswith(b'version https://git-lfs'):
-        what = 'a Git LFS pointer, not the file itself. Run `git lfs pull`'
-    elif head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < path.stat().st_size:
-        what = (
-            'a safetensors file. Write it as a checkpoint first: '
-            'torch.save(safetensors.torch.load_file(file), out)'
-        )
-    elif is_tar:
-        what = 'a tar archive. Unpack it, or save it anew with PyTorch 1.6 or later'
-    elif head.startswith(b'\x80'):
-        raise UnsafeCheckpointError(
-            f'`{path}` is refused: a bare pickle, which torch.save did not write. '
-            'Loading it could run code. Save the weights with torch.save instead.'
-        )
-    else:
-        what = f'no file of torch.save: it starts with {head[:16]!r}'
-    raise CheckpointError(f'`{path}` is {what}.')
+    what = _kind_of_archive(path) if head[:4] == ZIP_MAGIC else _kind_of(path, head)
+    if what is not None:
+        raise CheckpointError(f'`{path}` is {what}.')
 
 
-def _check_archive(path):
+def _kind_of_archive(path):
+    """What a zip archive is, if no checkpoint."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition('/')[-1] for name in archive.namelist()}
@@ -304,12 +266,27 @@ def _check_archive(path):
         raise _damage(path, error) from error
     if 'constants.pkl' in names:
         # Older torch runs it, whatever it was told.
-        raise UnsafeCheckpointError(
-            f'`{path}` is a TorchScript archive, a program and not a checkpoint. Save '
-            'the state_dict of the model instead.'
-        )
+        return 'TorchScript, a program. Save the state_dict of the model instead'
     if 'data.pkl' not in names:
-        raise CheckpointError(
-            f'`{path}` is a zip archive but not one of torch.save (no data.pkl). '
-            'If a checkpoint is in it, unpack it.'
-        )
+        return 'a zip archive, but not one of torch.save (no data.pkl). Unpack it'
+    return None
+
+
+def _kind_of(path, head):
+    """What a file is, by its first bytes, if no checkpoint."""
+    # The oldest files of torch are tar archives, which it reads beside all guards.
+    if tarfile.is_tarfile(path):
+        return 'a tar archive. Unpack it, or save it anew with PyTorch 1.6 or later'
+    if head[:1] == b'\x80':
+        bare = 'a bare pickle, which could run code. Save the weights with torch.save'
+        return None if LEGACY_MAGIC in head else bare
+    text = head.lstrip(b'\xef\xbb\xbf \t\r\n').lower()
+    if text.startswith(HTML_STARTS):
+        return 'a web page (HTML), as of an error or a log-in. Download the file itself'
+    if text.startswith(b'version https://git-lfs'):
+        return 'a Git LFS pointer, not the file itself. Run `git lfs pull`'
+    if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < path.stat().st_size:
+        return 'a safetensors file. Save what safetensors.torch.load_file gives of it'
+    if not head:
+        return 'empty (0 bytes). Download it again'
+    return f'no file of torch.save: it starts with {head[:16]!r}'

@@ -187,9 +187,10 @@ def test_refuses_what_would_run(tmp_path, monkeypatch, place, form):
             name = 'a bare pickle'
         else:
             torch.save(content, path, _use_new_zipfile_serialization=form == 'zip')
-        with pytest.raises(UnsafeCheckpointError, match=name) as error:
+        with pytest.raises(CheckpointError, match=name) as error:
             read_checkpoint(path)
-        assert f'`{path}` is refused' in str(error.value)
+        assert isinstance(error.value, UnsafeCheckpointError) == (form != 'bare')
+        assert str(path) in str(error.value)
         assert not (tmp_path / 'ran').exists(), kind
 
 
@@ -293,7 +294,9 @@ def test_plain(tmp_path):
     torch.save(dict(a=torch.ones(1)), tmp_path / 'plain.pth')
     torch.save(dict(args=argparse.Namespace()), tmp_path / 'rich.pth')
     assert read_checkpoint(tmp_path / 'plain.pth', plain=True)['a'] == 1
-    with pytest.raises(UnsafeCheckpointError, match=r'argparse.Namespace.*alone\.$'):
+    with pytest.raises(
+        UnsafeCheckpointError, match=r'argparse.Namespace`.*nothing was\.$'
+    ):
         read_checkpoint(tmp_path / 'rich.pth', plain=True)
 
 
@@ -391,7 +394,7 @@ def test_other_zip_and_torchscript(tmp_path):
     with pytest.raises(CheckpointError, match='not one of torch.save'):
         read_checkpoint(path)
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    with pytest.raises(UnsafeCheckpointError, match='TorchScript'):
+    with pytest.raises(CheckpointError, match='TorchScript'):
         read_checkpoint(path)
 
 

@@ -3,11 +3,8 @@
 config, or (--to spvit) ours to the names of the released code."""
 
 from spvit_mm.apis import ArgumentParser, run_cli
-from spvit_mm.convert import CheckpointError, Options, convert_file
-from spvit_mm.convert.config import NORMALIZATIONS
-from spvit_mm.convert.convert import CLASSIFIERS, DISTILLED, TARGETS
-from spvit_mm.convert.state import WEIGHTS
-from spvit_mm.convert.structure import SOURCES
+from spvit_mm.convert import Options, convert_file
+from spvit_mm.convert.convert import CHOICES, SOURCES, TARGETS
 from spvit_mm.utils import UserError
 
 
@@ -15,17 +12,18 @@ def parse_args(argv: list):
     parser = ArgumentParser(prog='convert.py', description=__doc__)
     parser.add_argument('src', help='the checkpoint to read')
     parser.add_argument('out', help='the .pth to write; its config is OUT with .py')
-    parser.add_argument(
-        '--from', dest='source', default='auto', choices=('auto', *SOURCES)
-    )
+    parser.add_argument('--from', dest='source', default='auto', choices=SOURCES)
     parser.add_argument('--to', dest='target', default='mm', choices=TARGETS)
     parser.add_argument(
-        '--weights', default='auto', choices=WEIGHTS, help='auto: EMA if there is one'
+        '--weights',
+        default='auto',
+        choices=CHOICES['weights'],
+        help='auto: EMA if there is one',
     )
     parser.add_argument(
         '--classifier',
         default='auto',
-        choices=CLASSIFIERS,
+        choices=CHOICES['classifier'],
         help='plain leaves out an auxiliary head, auto keeps it',
     )
     parser.add_argument(
@@ -41,9 +39,9 @@ def parse_args(argv: list):
     parser.add_argument('--skip-scale', type=float, help='divisor of the branches')
     parser.add_argument('--norm-eps', type=float, help='eps of the layer norms')
     parser.add_argument('--img-size', type=int, nargs=2, metavar=('H', 'W'))
-    parser.add_argument('--distilled', default='refuse', choices=DISTILLED)
+    parser.add_argument('--distilled', default='refuse', choices=CHOICES['distilled'])
     parser.add_argument(
-        '--normalization', choices=tuple(NORMALIZATIONS), help='of the config'
+        '--normalization', choices=CHOICES['normalization'][1:], help='of the config'
     )
     parser.add_argument('--test-crop', type=float, help='of the config')
     parser.add_argument('--force', action='store_true', help='overwrite OUT')
@@ -64,7 +62,7 @@ def main(argv: list) -> None:
     }
     try:
         convert_file(**files, options=Options(**args))
-    except (CheckpointError, OSError) as error:
+    except OSError as error:
         raise UserError(str(error)) from error
 
 
