@@ -1,4 +1,4 @@
-"""What the benchmarks share. No import but torch: the start of a process is measured."""
+"""What the benchmarks share. It imports nothing large: starting is measured, too."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.utils.benchmark import Timer
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Timer
 
 
 def time_in_turns(
