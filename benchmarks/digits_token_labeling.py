@@ -5,25 +5,19 @@ the digits with these maps and MixToken, and without. Prints top-1 of both over
 several seeds and writes the table as a file.
 """
 
-import argparse
 import json
-import os
-import os.path as osp
-import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from pathlib import Path
 
+import experiments
 import numpy as np
-import torch
+from experiments import Run
 from mmengine.config import Config
-from mmengine.runner import Runner
 from PIL import Image
 
-import spvit_mm  # noqa: F401
 from spvit_mm.datasets.digits import load_digits_arrays, split_indices
 from spvit_mm.datasets.teacher import generate_token_labels
 
-CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), 'configs')
+CONFIGS = experiments.ROOT / 'configs' / 'token_labeling'
 TEACHER = 'resnet-mini_1xb64-10e_digits'
 STUDENTS = {
     'without': 'spvit-mini_1xb64-20e_digits',
@@ -31,71 +25,67 @@ STUDENTS = {
 }
 
 
-def write_digits(root):
+def write_digits(root: Path) -> None:
     """Write the digits as <root>/{train,test}/<digit>/<index>.png."""
     images, labels = load_digits_arrays()
     for split in ('train', 'test'):
         for index in split_indices(split):
-            folder = osp.join(root, split, str(labels[index]))
-            os.makedirs(folder, exist_ok=True)
-            Image.fromarray(images[index]).save(osp.join(folder, f'{index:04d}.png'))
+            path = root / split / str(labels[index]) / f'{index:04d}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[index]).save(path)
 
 
-def train(name, data_root, work_dir, seed, epochs=None):
-    """Train one of the configs; returns the model and its top-1 in percent."""
-    cfg = Config.fromfile(osp.join(CONFIGS, 'token_labeling', f'{name}.py'))
-    cfg.work_dir = osp.join(work_dir, f'{name}_seed{seed}')
-    cfg.experiment_name = f'{name}_seed{seed}_{time.time_ns()}'
-    cfg.randomness = dict(seed=seed)
-    cfg.log_level = 'WARNING'
-    cfg.env_cfg.mp_cfg.mp_start_method = 'spawn'
-    dataset = cfg.train_dataloader.dataset
-    if 'label_root' in dataset:
-        dataset.label_root = osp.join(data_root, 'token_labels')
-        dataset = dataset.dataset
-    dataset.data_prefix = osp.join(data_root, 'train')
-    for loader in (cfg.val_dataloader, cfg.test_dataloader):
-        loader.dataset.data_prefix = osp.join(data_root, 'test')
+def read_config(name: str, data_root: Path, epochs: int | None) -> Config:
+    """One of the configs, for the digits of ``data_root``, evaluated at its end."""
+    cfg = experiments.load_config(str(CONFIGS / f'{name}.py'))
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        dataset = dataset.get('dataset', dataset)  # inside that of the label maps
+        dataset.data_root = str(data_root)
+        dataset.data_prefix = 'train' if split == 'train' else 'test'
     epochs = epochs or cfg.train_cfg.max_epochs
     cfg.train_cfg.max_epochs = cfg.train_cfg.val_interval = epochs
-    cfg.default_hooks.checkpoint = None
-    runner = Runner.from_cfg(cfg)
-    runner.train()
-    top1 = runner.message_hub.get_scalar('val/accuracy/top1').current()
-    return runner.model, float(top1)
+    return cfg
 
 
-def train_student(*args):
-    """Top-1 of a run in a process of its own."""
-    torch.set_num_threads(1)
-    return train(*args)[1]
+def plan_students(data_root: Path, label_root: Path, args) -> list[Run]:
+    """The runs with label maps and without, seeds outermost."""
+    configs = {n: read_config(x, data_root, args.epochs) for n, x in STUDENTS.items()}
+    configs['with'].train_dataloader.dataset.label_root = str(label_root)
+    return [
+        experiments.make_run(name, seed, cfg, {})
+        for seed in range(args.seeds)
+        for name, cfg in configs.items()
+    ]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--work-dir', default='work_dirs/digits_token_labeling')
-    parser.add_argument('--seeds', type=int, default=3)
+def main(argv: list[str]) -> None:
+    parser = experiments.ArgumentParser(
+        prog='digits_token_labeling.py', description=__doc__
+    )
     parser.add_argument('--epochs', type=int, help="instead of the configs'")
     parser.add_argument('--teacher-epochs', type=int, help="instead of the config's")
-    parser.add_argument(
-        '--jobs', type=int, default=2, help='students at a time (default: %(default)s)'
+    experiments.add_run_options(
+        parser, work_dir='work_dirs/digits_token_labeling', seeds=3
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if any(n is not None and n < 4 for n in (args.epochs, args.teacher_epochs)):
         parser.error('the learning rate warms up for 3 epochs: give 4 or more')
+    experiments.check_run_options(args)
 
-    start = time.time()
-    # One folder a run, so that nothing of an earlier run is taken or lost.
-    work_dir = osp.join(args.work_dir, time.strftime('%Y%m%d_%H%M%S'))
-    data_root = osp.join(work_dir, 'digits')
+    data_root = args.work_dir / 'digits'
     write_digits(data_root)
-    teacher, teacher_top1 = train(
-        TEACHER, data_root, work_dir, 0, epochs=args.teacher_epochs
-    )
+    cfg = read_config(TEACHER, data_root, args.teacher_epochs)
+    teacher = experiments.make_run('teacher', 0, cfg, {})
+    (result,) = experiments.run_all([teacher], args.work_dir, 1)
+    top1 = experiments.final(result)
+    checkpoint = experiments.last_checkpoint(args.work_dir / 'runs' / teacher.key)
+    # Named after the teacher, so that a student's key says whose maps it learned.
+    label_root = args.work_dir / f'token_labels-{teacher.key}'
     counts = generate_token_labels(
-        teacher,
-        osp.join(data_root, 'train'),
-        osp.join(data_root, 'token_labels'),
+        experiments.load_trained(cfg, checkpoint),
+        str(data_root / 'train'),
+        str(label_root),
         size=24,
         batch_size=64,
         num_workers=0,
@@ -104,48 +94,34 @@ def main():
         progress=False,
     )
     print(
-        f'Teacher: top-1 {teacher_top1:.2f} %, {counts["written"]} label maps after '
-        f'{time.time() - start:.0f} s',
+        f'Teacher: top-1 {top1:.2f} %, {counts["written"]} label maps written, '
+        f'{counts["kept"]} there before',
         flush=True,
     )
 
-    jobs = [(name, seed) for seed in range(args.seeds) for name in STUDENTS]
-    results = {name: [] for name in STUDENTS}
-    # One thread a process: the tensors are too small to share among threads.
-    with ProcessPoolExecutor(args.jobs, get_context('spawn')) as pool:
-        futures = [
-            pool.submit(
-                train_student, STUDENTS[name], data_root, work_dir, seed, args.epochs
-            )
-            for name, seed in jobs
-        ]
-        for (name, seed), future in zip(jobs, futures, strict=True):
-            results[name].append(future.result())
-            print(
-                f'seed {seed}, {name} token labeling: top-1 {results[name][-1]:.2f} % '
-                f'({time.time() - start:.0f} s)',
-                flush=True,
-            )
+    runs = plan_students(data_root, label_root, args)
+    without = read_config(STUDENTS['without'], data_root, args.epochs)
+    record = experiments.open_record(args, without, teacher=teacher.key)
+    values = {name: [] for name in STUDENTS}
+    results = experiments.run_all(runs, args.work_dir, args.jobs, record)
+    for run, result in zip(runs, results, strict=True):
+        values[run.setting].append(experiments.final(result))
 
-    seeds = ' | '.join(f'seed {i}' for i in range(args.seeds))
-    lines = [
-        f'| token labeling | {seeds} | mean | std |',
-        '| --- ' * (args.seeds + 3) + '|',
-    ]
-    for name, values in results.items():
-        cells = ' | '.join(f'{value:.2f}' for value in values)
-        spread = np.std(values, ddof=1) if len(values) > 1 else 0
-        lines.append(f'| {name} | {cells} | {np.mean(values):.2f} | {spread:.2f} |')
+    names = [f'seed {i}' for i in range(args.seeds)]
+    heads = ['token labeling', *names, 'mean', 'std']
+    lines = [f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|']
+    for name, found in values.items():
+        spread = np.std(found, ddof=1) if len(found) > 1 else 0
+        cells = ' | '.join(f'{x:.2f}' for x in [*found, np.mean(found), spread])
+        lines.append(f'| {name} | {cells} |')
     table = '\n'.join(lines)
-    print(f'\nTop-1 in % on the 360 test digits, {time.time() - start:.0f} s in all:\n')
-    print(table)
-    with open(osp.join(work_dir, 'results.json'), 'w', encoding='utf-8') as file:
-        json.dump(dict(teacher=teacher_top1, **results), file, indent=1)
-    with open(osp.join(work_dir, 'results.md'), 'w', encoding='utf-8') as file:
-        file.write(table + '\n')
-    print(f'\nWritten to {work_dir}: results.md, results.json')
-    print(f'Label maps to look at: {data_root}/token_labels/preview.png')
+    print(f'\nTop-1 in % on the 360 test digits:\n\n{table}')
+    (args.work_dir / 'results.md').write_text(table + '\n')
+    summary = json.dumps(dict(teacher=top1, **values), indent=1)
+    (args.work_dir / 'results.json').write_text(summary)
+    print(f'\nWritten to {args.work_dir}: results.md, results.json')
+    print(f'Label maps to look at: {label_root}/preview.png')
 
 
 if __name__ == '__main__':
-    main()
+    experiments.run_cli(main, 'digits_token_labeling.py')

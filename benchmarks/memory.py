@@ -9,29 +9,19 @@ of its own. ``start`` is the same process before the forward.
 """
 
 import argparse
-import csv
 import json
-import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
+
+from measuring import resident_peak, run_apart, write_csv
 
 CASES = {
     'inference of SP-ViT-S': dict(arch='spvit-small', train=False),
     'training of SP-DeiT-Ti': dict(arch='deit-tiny', train=True),
 }
-FIELDS = ('case', 'layers', 'size', 'kernel', 'start_mb', 'peak_mb', 'seconds')
-
-
-def peak_mb():
-    """Peak resident memory of this process so far, in MB (10^6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == 'darwin' else peak * 1024 / 1e6
 
 
 def measure(case, without_priors, size, kernel):
-    """Build the model of a case and run it once on one image; a row of FIELDS."""
+    """Build the model of a case and run it once on one image; a row of the table."""
     import torch
     from mmpretrain.registry import MODELS
 
@@ -51,8 +41,7 @@ def measure(case, without_priors, size, kernel):
         )
     ).train(settings['train'])
     images = torch.rand(1, 3, size, size)
-    start = peak_mb()
-    begin = time.perf_counter()
+    start = resident_peak()
     with torch.set_grad_enabled(settings['train']):
         (features,) = model(images)
         if settings['train']:
@@ -63,8 +52,7 @@ def measure(case, without_priors, size, kernel):
         size=size,
         kernel=kernel,
         start_mb=round(start),
-        peak_mb=round(peak_mb()),
-        seconds=round(time.perf_counter() - begin, 1),
+        peak_mb=round(resident_peak()),
     )
 
 
@@ -84,36 +72,30 @@ def main():
     if args.one:
         case, without_priors = args.one
         row = measure(case, bool(int(without_priors)), args.size, args.kernel)
-        print('ROW ' + json.dumps(row))
+        print(json.dumps(row))
         return
 
     rows = []
-    print('| case | SP-SA layers | tokens | peak MB | of it before the forward | s |')
-    print('| --- | --- | --- | --- | --- | --- |')
+    print('| case | SP-SA layers | tokens | peak MB | of it before the forward |')
+    print('| --- | --- | --- | --- | --- |')
+    tokens = (-(-args.size // 16)) ** 2
     for case in CASES:
         for without_priors in (0, 1):
-            command = [sys.executable, __file__, '--one', case, str(without_priors)]
-            command += ['--size', str(args.size), '--kernel', args.kernel]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            found = [x for x in done.stdout.splitlines() if x.startswith('ROW ')]
-            if done.returncode or not found:
-                # Killed by the kernel (-9) is what running out of memory looks like.
-                print(f'| {case} | failed, exit code {done.returncode} | | | | |')
+            options = ('--size', args.size, '--kernel', args.kernel)
+            try:
+                row = run_apart(__file__, '--one', case, without_priors, *options)
+            except RuntimeError as error:
+                print(f'| {case} | failed | | | |\n{error}')
                 continue
-            row = json.loads(found[0][4:])
             rows.append(row)
-            tokens = (-(-args.size // 16)) ** 2
             print(
                 f'| {case} | {row["layers"]} | {tokens} | {row["peak_mb"]} | '
-                f'{row["start_mb"]} | {row["seconds"]} |',
+                f'{row["start_mb"]} |',
                 flush=True,
             )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open('w', newline='') as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f'Wrote {args.out}')
+    if rows:
+        write_csv(args.out, rows)
+        print(f'Wrote {args.out}')
     if len(rows) < 2 * len(CASES):
         raise SystemExit(1)
 

@@ -11,8 +11,9 @@ classifies the first image; mmpretrain's (the floor), ours with priors, and its 
 form.
 
 Within one case the contestants take turns, so that a busy machine slows all of them;
-medians are reported. Peak memory is taken in a process of its own each. Prints tables,
-and writes them as CSV, as Markdown and as a picture.
+medians over the rounds are reported, each taken with torch.utils.benchmark. Peak memory
+is taken in a process of its own each. Prints tables, and writes them as CSV, as Markdown
+and as a picture.
 
     python benchmarks/speed.py --short
     python benchmarks/speed.py --part layer --grids 14 24 32 48 64 --dtypes fp32 bf16
@@ -22,25 +23,25 @@ and writes them as CSV, as Markdown and as a picture.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from measuring import resident_peak, run_apart, time_in_turns, write_csv
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 HEADS, HEAD_DIMS, HIDDEN, PATCH = 6, 64, 32, 16
-FLOOR = {'layer': 'sdpa', 'model': 'spvit-0spsa', 'start': 'mmpretrain-vit'}
+# A value of one round is measured for this long, in seconds.
+LEAST = 0.1
 LAYERS = ('sdpa', 'eager', 'chunked', 'flex', 'naive')
 MODELS = (
     'spvit-0spsa',
@@ -206,10 +207,7 @@ def build_model(name: str, case: Case):
     return step
 
 
-BUILD = {'layer': build_layer, 'model': build_model}
-
-
-# --- starting: run in processes of their own, of which the floor's is without us
+# --- starting: run in processes of their own
 
 
 def build_starter(name: str, side: int) -> torch.nn.Module:
@@ -221,12 +219,15 @@ def build_starter(name: str, side: int) -> torch.nn.Module:
 
 
 def start(name: str, side: int, path: str, cpu_time: bool) -> dict[str, float]:
-    """Seconds of each step of a new process, up to its first result."""
+    """Seconds of each step of a new process, up to its first result.
+
+    A step happens once in a process, so the clock is read between them.
+    """
     timer = time.process_time if cpu_time else time.perf_counter
     marks = [timer()]
     import mmpretrain  # noqa: F401
 
-    if name != FLOOR['start']:
+    if name != 'mmpretrain-vit':  # the floor is without us
         import spvit_mm  # noqa: F401
     from mmengine.runner import load_checkpoint
 
@@ -256,51 +257,21 @@ def measure_start(case: Case, args) -> list[dict]:
         for repeat in range(args.repeats + 1):
             for name in START:
                 job = [name, case.grid, f'{folder}/{name}.pth', args.cpu_time]
-                steps = run_apart('--start-of', job, args.threads)
+                steps = in_own_process('--start-of', job, args)
                 if repeat:  # the first round fills the caches of the disk
                     for step in (*steps, 'all'):
                         value = steps.get(step, sum(steps.values()))
                         times.setdefault((name, step), []).append(value)
-    return tabulate(case, times, lambda key: (FLOOR['start'], key[1]), {}, args)
+    floor = PARTS['start'].floor
+    return tabulate(case, times, lambda key: (floor, key[1]), {}, args)
 
 
 # --- measuring
 
 
-def clock(run, device: str, timer=time.perf_counter) -> float:
-    """Seconds that ``run`` takes."""
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    start = timer()
-    run()
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    return timer() - start
-
-
-def resident_peak(forget: bool = False) -> float:
-    """Megabytes of memory that this process has held at most.
-
-    On Linux getrusage would count what the parent held before it started this
-    process, so the kernel's own mark is read.
-
-    Args:
-        forget (bool): Set the mark to what is held now, first. Where the system
-            has no such mark, this does nothing. Defaults to False.
-    """
-    status = Path('/proc/self/status')
-    if not status.exists():
-        unit = 2**20 if platform.system() == 'Darwin' else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    if forget:
-        Path('/proc/self/clear_refs').write_text('5')
-    line = next(x for x in status.read_text().splitlines() if x.startswith('VmHWM'))
-    return int(line.split()[1]) / 2**10
-
-
 def peak_memory(name: str, case: Case) -> tuple[float, float]:
     """Megabytes at the peak of one run: in all, and above those before the run."""
-    run = BUILD[case.part](name, case)
+    run = PARTS[case.part].build(name, case)
     if case.device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -313,42 +284,37 @@ def peak_memory(name: str, case: Case) -> tuple[float, float]:
     return peak, peak - before
 
 
-def run_apart(option: str, job: list, threads: int):
-    """What this script prints in a process of its own."""
-    command = [sys.executable, __file__, '--threads', str(threads)]
-    command += [option, json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(
-            f'The process of {option} {job} failed:\n{done.stderr[-2000:]}'
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+def in_own_process(option: str, job: list, args):
+    """What this script makes of a job in a process of its own."""
+    return run_apart(__file__, '--threads', args.threads, option, json.dumps(job))
 
 
-def measure(case: Case, names: list[str], args) -> list[dict]:
+def measure(case: Case, args) -> list[dict]:
     """Rows of the table for one case."""
-    runs = {}
-    for name in names:
+    # Here, since it imports much, and a process that is started is to be like a user's.
+    from torch.utils.benchmark import Timer
+
+    part = PARTS[case.part]
+    clock = {'timer': time.process_time} if args.cpu_time else {}
+    timers = {}
+    for name in contestants(case, args):
         try:
-            run = BUILD[case.part](name, case)
+            run = part.build(name, case)
             run()
         except (ImportError, ValueError) as error:
             # A missing benchmark-only package, or a kernel that cannot run here.
             print(f'  left out: {name}: {str(error).splitlines()[0]}', flush=True)
             continue
-        runs[name] = run
-    times = {name: [] for name in runs}
-    for repeat in range(args.repeats + 1):
-        for name, run in runs.items():
-            seconds = clock(run, case.device, args.timer)
-            if repeat:  # the first round warms up
-                times[name].append(seconds)
-    runs.clear()
+        timers[name] = Timer(
+            'run()', globals={'run': run}, num_threads=args.threads, **clock
+        )
+    times = time_in_turns(timers, args.repeats, LEAST)
+    timers.clear()
     memory = {}
     if args.memory and case.tokens >= args.memory_from:
         for name in times:
-            memory[name] = run_apart('--memory-of', [name, *case], args.threads)
-    return tabulate(case, times, lambda _: FLOOR[case.part], memory, args)
+            memory[name] = in_own_process('--memory-of', [name, *case], args)
+    return tabulate(case, times, lambda _: part.floor, memory, args)
 
 
 def tabulate(case: Case, times: dict, floor_of, memory: dict, args) -> list[dict]:
@@ -437,10 +403,7 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Time and memory against tokens, on logarithmic axes, with fitted slopes."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    from spvit_mm.utils import new_figure
 
     kinds = {}
     for row in rows:
@@ -451,9 +414,8 @@ def plot(rows: list[dict], path: Path) -> None:
         print('No case at two grids: no plot against tokens.')
         return
     fields = {'ms': 'time / ms', 'run_mb': 'memory of the run / MB'}
-    figure, axes = plt.subplots(
-        len(kinds), 2, figsize=(12, 4 * len(kinds)), squeeze=False, layout='constrained'
-    )
+    figure = new_figure(12, 4 * len(kinds))
+    axes = figure.subplots(len(kinds), 2, squeeze=False)
     for line, (kind, mine) in zip(axes, kinds.items(), strict=True):
         for axis, (field, label) in zip(line, fields.items(), strict=True):
             for name in dict.fromkeys(r['name'] for r in mine):
@@ -467,35 +429,67 @@ def plot(rows: list[dict], path: Path) -> None:
             if axis.lines:
                 axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     print(f'Wrote {path}')
+
+
+# --- the parts
+
+
+class Part(NamedTuple):
+    """What ``--part`` names.
+
+    Attributes:
+        names (tuple): The contestants of each of its cases.
+        floor (str): The one that the others' ratios are to.
+        cases (Callable): From the options to its cases, small ones first.
+        build (Callable): From a contestant and a case to a function that does the
+            work once.
+        measure (Callable): From a case and the options to rows of the table.
+    """
+
+    names: tuple
+    floor: str
+    cases: Callable
+    build: Callable
+    measure: Callable = measure
+
+
+def layer_cases(args) -> list[Case]:
+    return [
+        Case('layer', mode, grid, 1, dtype, args.device)
+        for dtype in args.dtypes
+        for grid in args.grids
+        for mode in ('infer', 'train')
+    ]
+
+
+def model_cases(args) -> list[Case]:
+    cases = []
+    for dtype in args.dtypes:
+        for text in args.cases:
+            mode, grid, batch = text.split(':')
+            case = Case('model', mode, int(grid), int(batch), dtype, args.device)
+            cases.append(case)
+    return cases
+
+
+def start_cases(args) -> list[Case]:
+    return [Case('start', 'infer', 14, 1, 'fp32', 'cpu')]
+
+
+PARTS = {
+    'layer': Part(LAYERS, 'sdpa', layer_cases, build_layer),
+    'model': Part(MODELS, 'spvit-0spsa', model_cases, build_model),
+    'start': Part(tuple(START), 'mmpretrain-vit', start_cases, None, measure_start),
+}
 
 
 # --- command line
 
 
-def cases_of(args) -> list[Case]:
-    """The cases asked for, small ones first."""
-    cases = []
-    for dtype in args.dtypes:
-        if 'layer' in args.part:
-            for grid in args.grids:
-                for mode in ('infer', 'train'):
-                    cases.append(Case('layer', mode, grid, 1, dtype, args.device))
-        if 'model' in args.part:
-            for text in args.cases:
-                mode, grid, batch = text.split(':')
-                cases.append(
-                    Case('model', mode, int(grid), int(batch), dtype, args.device)
-                )
-    if 'start' in args.part:
-        cases.append(Case('start', 'infer', 14, 1, 'fp32', 'cpu'))
-    return cases
-
-
 def contestants(case: Case, args) -> list[str]:
     """Names of the case's part that are wanted and affordable."""
-    names = LAYERS if case.part == 'layer' else MODELS
+    names = PARTS[case.part].names
     # Flex is slower than eager on the CPU and takes minutes to compile.
     on_request = case.device == 'cpu' and not args.names
     skip = {
@@ -518,7 +512,7 @@ def parse_args(argv=None):
     def add(name, text=None, **kwargs):
         parser.add_argument(name, help=text, **kwargs)
 
-    add('--part', nargs='+', choices=list(FLOOR), default=list(FLOOR))
+    add('--part', nargs='+', choices=list(PARTS), default=list(PARTS))
     grids = [14, 24, 32, 48, 64]
     add('--grids', 'sides of the layer part', nargs='+', type=int, default=grids)
     cases = ['infer:14:8', 'infer:32:1', 'train:14:4', 'infer:64:1']
@@ -529,7 +523,7 @@ def parse_args(argv=None):
     add('--names', text, nargs='+', choices=[*LAYERS, *MODELS])
     add('--device', choices=['cpu', 'cuda'], default='cpu')
     add('--threads', type=int, default=torch.get_num_threads())
-    add('--repeats', type=int, default=7)
+    add('--repeats', 'rounds (default: 7, or 4 of --short)', type=int)
     text = 'count CPU time with one thread, for a machine that others use as well'
     add('--cpu-time', text, action='store_true')
     text = 'most tokens for the naive formula, which takes a few kB a pair'
@@ -541,11 +535,12 @@ def parse_args(argv=None):
     add('--memory-of', argparse.SUPPRESS)
     add('--start-of', argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.timer = time.perf_counter
     if args.cpu_time:
         if args.device != 'cpu':
             parser.error('--cpu-time is for --device cpu')
-        args.timer, args.threads = time.process_time, 1
+        args.threads = 1
+    if args.repeats is None:
+        args.repeats = 4 if args.short else 7
     args.memory_from = 0
     if args.short:
         args.grids, args.cases, args.memory_from = [14, 24, 32], cases[:3], 32**2
@@ -582,16 +577,11 @@ def main(argv=None) -> None:
     print(where)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     rows = []
-    for case in cases_of(args):
-        if case.part == 'start':
-            rows += measure_start(case, args)
-        else:
-            rows += measure(case, contestants(case, args), args)
-        if rows:
-            with open(args.out_dir / 'speed.csv', 'w', newline='') as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+    for name in args.part:
+        for case in PARTS[name].cases(args):
+            rows += PARTS[name].measure(case, args)
+            if rows:
+                write_csv(args.out_dir / 'speed.csv', rows)
     text = markdown(rows, where)
     (args.out_dir / 'speed.md').write_text(text)
     print(f'\n{text}\nWrote speed.csv and speed.md in {args.out_dir}')

@@ -7,55 +7,39 @@
 
 Every run is a training of its own through ``tools/train.py``. A finished run is not
 repeated, not even for another study that has the same setting, and a killed one goes on
-from its last checkpoint: the same command resumes a study. The studies are in
-``benchmarks/studies.yml``.
+from its last checkpoint: the same command resumes a study. With ``--record FILE`` the
+results are kept in a file to commit, and what it holds is not run again anywhere. The
+studies are in ``benchmarks/studies.yml``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import fcntl
-import hashlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
+import experiments
 import numpy as np
+from comparison import (
+    compare,
+    comparison_table,
+    draw_curves,
+    draw_differences,
+    draw_values,
+    values_table,
+)
+from experiments import ACCURACY, Run
+from measuring import write_csv
 from mmengine.config import Config
 from mmengine.fileio import load
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS, MODELS
 
-from spvit_mm.apis import ArgumentParser, load_config, run_cli
 from spvit_mm.models import SPViT
 from spvit_mm.utils import UserError, new_figure
 
-ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ROOT / 'benchmarks' / 'studies.yml'
-CONFIG = ROOT / 'configs/classification/spvit-mini_1xb64-50e_digits.py'
-METRIC = 'accuracy/top1'
-
-
-class Run(NamedTuple):
-    """One training.
-
-    Attributes:
-        setting (str): Name of the setting.
-        seed (int): Random seed.
-        folder (Path): Its work dir.
-        config (str): Its config, written out.
-    """
-
-    setting: str
-    seed: int
-    folder: Path
-    config: str
+STUDIES = experiments.ROOT / 'benchmarks' / 'studies.yml'
+CONFIG = experiments.ROOT / 'configs/classification/spvit-mini_1xb64-50e_digits.py'
 
 
 class Place(NamedTuple):
@@ -72,9 +56,9 @@ class Place(NamedTuple):
     cls_token_layer: int | None
 
 
-def load_study(name: str, path: Path = STUDIES) -> dict:
+def load_study(name: str) -> dict:
     """Read a study; an unknown name is a UserError that lists the names."""
-    studies = load(str(path))
+    studies = load(str(STUDIES))
     if name not in studies:
         raise UserError(f'No study {name!r}. There are: {", ".join(studies)}.')
     return studies[name]
@@ -93,9 +77,9 @@ def place_of(cfg: Config) -> Place:
     )
 
 
-def expand(overrides: dict, cfg: Config, place: Place, epochs: int | None) -> dict:
+def expand(overrides: dict, cfg: Config, place: Place) -> dict:
     """Config overrides of a setting, its shorthands written out."""
-    out = {} if epochs is None else {'train_cfg.max_epochs': epochs}
+    out = {}
     for key, value in overrides.items():
         if key == 'spsa_share':
             count = round(value * place.depth)
@@ -103,7 +87,7 @@ def expand(overrides: dict, cfg: Config, place: Place, epochs: int | None) -> di
                 out['model.backbone.num_spsa_layers'] = count
                 out['model.backbone.cls_token_layer'] = place.cls_token_layer
         elif key == 'times_epochs':
-            out['train_cfg.max_epochs'] = (epochs or cfg.train_cfg.max_epochs) * value
+            out['train_cfg.max_epochs'] = cfg.train_cfg.max_epochs * value
         elif key == 'augment':
             *pipeline, pack = cfg.train_dataloader.dataset.pipeline
             out['train_dataloader.dataset.pipeline'] = [*pipeline, *value, pack]
@@ -144,39 +128,25 @@ def build_dataset(data: dict):
             raise UserError(f'`train_dataloader.dataset`: {error}') from error
 
 
-def plan(study: dict, cfg: Config, args, runs_dir: Path) -> list[Run]:
-    """All runs of a study, seeds outermost so that partial results compare.
+def config_under_study(study: dict, cfg: Config, args) -> Config:
+    """The config with what all settings have in common."""
+    interval = args.val_interval or study.get('val_interval', 5)
+    options = {'train_cfg.val_interval': interval}
+    if args.epochs is not None:
+        options['train_cfg.max_epochs'] = args.epochs
+    return experiments.changed(cfg, options)
 
-    A run's folder is named after its config, so that studies share it.
-    """
-    runs = []
+
+def plan(study: dict, cfg: Config, seeds: int) -> list[Run]:
+    """All runs of a study, seeds outermost so that partial results compare."""
     place = place_of(cfg)
-    for seed in range(args.seeds):
-        for setting, overrides in study['settings'].items():
-            overrides = expand(overrides, cfg, place, args.epochs)
-            overrides['randomness.seed'] = seed
-            interval = args.val_interval or study.get('val_interval', 5)
-            overrides['train_cfg.val_interval'] = interval
-            text = config_text(overrides, cfg)
-            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-            runs.append(Run(setting, seed, runs_dir / digest, text))
-    return runs
-
-
-def config_text(overrides: dict, cfg: Config) -> str:
-    """The config of one run, written out."""
-    own = Config(cfg.to_dict(), filename=cfg.filename)
-    for key, value in overrides.items():
-        if isinstance(value, dict) and value.get('_delete_'):
-            value = {k: v for k, v in value.items() if k != '_delete_'}
-            parent = own
-            *path, last = key.split('.')
-            for part in path:
-                parent = parent[part]
-            parent[last] = value
-        else:
-            own.merge_from_dict({key: value})
-    return own.pretty_text
+    sizes = [tuple(size) for size in study.get('sizes', [])]
+    tests = {f'{h}x{w}': experiments.resized(cfg, (h, w)) for h, w in sizes}
+    return [
+        experiments.make_run(setting, seed, cfg, expand(overrides, cfg, place), tests)
+        for seed in range(seeds)
+        for setting, overrides in study['settings'].items()
+    ]
 
 
 def check_backbones(runs: list[Run]) -> None:
@@ -184,7 +154,7 @@ def check_backbones(runs: list[Run]) -> None:
     for run in runs:
         if run.seed == 0:
             try:
-                build_backbone(Config.fromstring(run.config, '.py'))
+                build_backbone(run.config)
             except (TypeError, ValueError, KeyError) as error:
                 raise UserError(
                     f'Setting {run.setting!r} does not fit the config: {error} '
@@ -215,154 +185,45 @@ def choose(study: dict, settings: list[str]) -> dict:
     return {**study, 'settings': kept}
 
 
-def write_config(run: Run) -> Path:
-    """Write a run's config; a folder of something else is refused.
-
-    Raises:
-        UserError: If the folder holds something else.
-    """
-    stamp = run.folder / 'study.json'
-    digest = hashlib.sha256(run.config.encode()).hexdigest()
-    if stamp.exists():
-        if json.loads(stamp.read_text()).get('config') != digest:
-            raise UserError(
-                f'{run.folder} holds a run of other settings. Give another '
-                '--work-dir, or remove that folder to run it anew.'
-            )
-    elif run.folder.exists() and any(run.folder.iterdir()):
-        raise UserError(
-            f'{run.folder} is not empty and no run of a study. Give another --work-dir.'
-        )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    path = run.folder / 'config.py'
-    path.write_text(run.config)
-    stamp.write_text(json.dumps(dict(config=digest, setting=run.setting)))
-    return path
-
-
-def curve_of(folder: Path) -> dict[int, float]:
-    """Accuracy by epoch of a run, over the logs of all its resumptions."""
-    curve = {}
-    for path in sorted(folder.glob('*/vis_data/scalars.json')):
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            if METRIC in entry:
-                curve[entry['step']] = entry[METRIC]
-    return curve
-
-
-def run_all(runs: list[Run], configs: dict, jobs: int) -> None:
-    """Train what is not finished, ``jobs`` at a time."""
-    todo = [run for run in runs if not (run.folder / 'result.json').exists()]
-    print(f'{len(runs)} runs, {len(runs) - len(todo)} of them finished before.')
-    start, done, active = time.time(), 0, {}
-    queue = list(todo)
-    # Terminated, it takes its runs with it, or the next start would train them twice.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        while queue or active:
-            while queue and len(active) < jobs:
-                run = queue.pop(0)
-                if (run.folder / 'result.json').exists():
-                    done += 1
-                    continue
-                log = open(run.folder / 'output.log', 'a')  # noqa: SIM115
-                try:
-                    # The training inherits it, and keeps it should this process die.
-                    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    # Another study trains it just now, so look again later.
-                    log.close()
-                    queue.append(run)
-                    break
-                command = [sys.executable, str(ROOT / 'tools/train.py')]
-                command += [str(configs[run.folder]), '--work-dir', str(run.folder)]
-                if (run.folder / 'last_checkpoint').exists():
-                    command.append('--resume')
-                env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-                process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
-                active[process] = (run, log)
-            time.sleep(0.5)
-            for process in [p for p in active if p.poll() is not None]:
-                run, log = active.pop(process)
-                log.close()
-                if process.returncode:
-                    output = run.folder / 'output.log'
-                    raise UserError(
-                        f'The run {run.folder} ended with code {process.returncode}, '
-                        f'{output} with: {output.read_text().strip().splitlines()[-1]}'
-                    )
-                curve = curve_of(run.folder)
-                (run.folder / 'result.json').write_text(json.dumps(curve))
-                done += 1
-                left = (time.time() - start) / done * (len(todo) - done)
-                print(
-                    f'[{done}/{len(todo)}] {run.setting} seed {run.seed}: '
-                    f'{curve[max(curve)]:.2f} %, about {left / 60:.0f} min left',
-                    flush=True,
-                )
-    finally:
-        for process, (_, log) in active.items():
-            process.terminate()
-            process.wait()
-            log.close()
-
-
-def summarize(study: dict, runs: list[Run]) -> list[dict]:
-    """Mean and deviation of each setting, and its difference to its baseline.
-
-    The baseline of a setting is the one that `against` of the study names, else the
-    study's. The interval is that of a paired t-test over the seeds, 95 %.
-    """
-    from scipy import stats
-
-    final, reached = {}, {}
-    for run in runs:
-        curve = json.loads((run.folder / 'result.json').read_text())
-        curve = {int(epoch): value for epoch, value in curve.items()}
-        final.setdefault(run.setting, []).append(curve[max(curve)])
-        epochs = [e for e, value in curve.items() if value >= study.get('reach', 0)]
-        reached.setdefault(run.setting, []).append(min(epochs, default=np.nan))
-    rows = []
-    for setting, values in final.items():
-        values = np.array(values)
-        n = len(values)
-        row = dict(setting=setting, seeds=n, mean=values.mean())
-        row['std'] = values.std(ddof=1) if n > 1 else float('nan')
-        row['against'] = baseline_of(setting, study)
-        diff = values - np.array(final[row['against']])
-        row['difference'] = diff.mean()
-        spread = diff.std(ddof=1) / n**0.5 if n > 1 else float('nan')
-        row['interval'] = spread * stats.t.ppf(0.975, n - 1) if n > 1 else spread
-        if 'reach' in study:
-            # nan where a seed never does
-            row['epochs'] = np.mean(reached[setting])
-        rows.append(row)
-    return rows
-
-
 def baseline_of(setting: str, study: dict) -> str:
     """What a setting is compared with."""
     return study.get('against', {}).get(setting, study['baseline'])
 
 
+def by_setting(runs: list[Run], values: list) -> dict[str, list]:
+    """A value of each run, the seeds of a setting together."""
+    found = {}
+    for run, value in zip(runs, values, strict=True):
+        found.setdefault(run.setting, []).append(value)
+    return found
+
+
+def summarize(study: dict, runs: list[Run], results: list[dict]) -> list[dict]:
+    """The comparison of the settings where training ended.
+
+    With ``reach``, each row has the mean epoch at which that accuracy was reached, nan
+    where a seed never gets there.
+    """
+    finals = by_setting(runs, [experiments.final(result) for result in results])
+    rows = compare(finals, {name: baseline_of(name, study) for name in finals})
+    if 'reach' in study:
+        curves = by_setting(runs, [result['curve'] for result in results])
+        for row in rows:
+            row['epochs'] = np.mean(
+                [
+                    min(
+                        (int(k) for k, v in curve.items() if v >= study['reach']),
+                        default=np.nan,
+                    )
+                    for curve in curves[row['setting']]
+                ]
+            )
+    return rows
+
+
 def table(rows: list[dict]) -> str:
     """The summary in Markdown."""
-    lines = [
-        '| setting | top-1 (%) | std | difference | to | 95 % interval |',
-        '| --- | --- | --- | --- | --- | --- |',
-    ]
-    for row in rows:
-        low, high = (row['difference'] + s * row['interval'] for s in (-1, 1))
-        compared = (
-            '| | | |'
-            if row['setting'] == row['against']
-            else f'| {row["difference"]:+.2f} | {row["against"]} '
-            f'| {low:+.2f} .. {high:+.2f} |'
-        )
-        lines.append(
-            f'| {row["setting"]} | {row["mean"]:.2f} | {row["std"]:.2f} {compared}'
-        )
+    lines = comparison_table(rows).split('\n')
     if 'epochs' in rows[0]:
         lines[0] += ' epochs to get there |'
         lines[1] += ' --- |'
@@ -372,34 +233,44 @@ def table(rows: list[dict]) -> str:
     return '\n'.join(lines)
 
 
-def draw(name: str, study: dict, rows: list[dict], runs: list[Run], path: Path) -> None:
-    """Bars with the standard deviation, and the learning curves."""
-    figure = new_figure(10, 4)
-    bars, curves = figure.subplots(1, 2)
-    names = [row['setting'] for row in rows]
-    bars.bar(names, [r['mean'] for r in rows], yerr=[r['std'] for r in rows], capsize=3)
-    low = min(r['mean'] - 2 * np.nan_to_num(r['std']) for r in rows)
-    bars.set_ylim(max(0, low - 1), min(bars.get_ylim()[1], 101))
-    bars.set_ylabel('top-1 (%), mean and deviation over seeds')
-    bars.tick_params(axis='x', rotation=30)
-    for setting in names:
-        own = [
-            json.loads((run.folder / 'result.json').read_text())
-            for run in runs
-            if run.setting == setting
-        ]
-        epochs = sorted({int(epoch) for curve in own for epoch in curve})
-        mean = [np.mean([curve[str(e)] for curve in own]) for e in epochs]
-        curves.plot(epochs, mean, label=setting)
-    curves.set_xlabel('epoch')
-    curves.set_ylabel('top-1 (%), mean over seeds')
-    curves.legend(fontsize='small')
-    figure.suptitle(f'{name}: {study["claim"]}')
-    figure.savefig(path, dpi=120)
+def compare_tests(runs: list[Run], results: list, against: dict) -> tuple[list, dict]:
+    """The comparison at each size of image: all rows, and by setting the values."""
+    rows, values = [], {setting: [] for setting in against}
+    metrics = [experiments.tested(x, run) for x, run in zip(results, runs, strict=True)]
+    for test in runs[0].tests.values():
+        found = by_setting(runs, [x[test][ACCURACY] for x in metrics])
+        rows += [{'test': test, **row} for row in compare(found, against)]
+        for setting, own in found.items():
+            values[setting].append(own)
+    return rows, values
+
+
+def report(title: str, study: dict, runs: list[Run], results: list, out: Path) -> None:
+    """Print the tables; write them as CSV, and one picture."""
+    rows = summarize(study, runs, results)
+    print(f'\n{title}')
+    print(f'Accuracy to get to: {study["reach"]} %\n' if 'reach' in study else '')
+    print(table(rows))
+    write_csv(out / 'results.csv', rows)
+    tests = list(runs[0].tests.values())
+    figure = new_figure(15 if tests else 10, 1.5 + 0.5 * max(5, len(rows)))
+    axes = figure.subplots(1, 3 if tests else 2)
+    draw_differences(axes[0], rows)
+    draw_curves(axes[1], by_setting(runs, [result['curve'] for result in results]))
+    if tests:
+        against = {row['setting']: row['against'] for row in rows}
+        rows, values = compare_tests(runs, results, against)
+        write_csv(out / 'tests.csv', rows)
+        print(f'\n{values_table(tests, values, "setting, tested at")}')
+        draw_values(axes[2], tests, values)
+        axes[2].set(xlabel='image at test', ylabel='top-1 (%), mean over seeds')
+    figure.suptitle(title)
+    figure.savefig(out / 'results.png', dpi=120)
+    print(f'\nWritten: {out}/results.csv, {out}/results.png')
 
 
 def main(argv: list[str]) -> None:
-    parser = ArgumentParser(
+    parser = experiments.ArgumentParser(
         prog='study.py',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -416,7 +287,6 @@ def main(argv: list[str]) -> None:
         '--baseline', metavar='NAME', help="compare all with this one, not the study's"
     )
     parser.add_argument('--config', default=str(CONFIG), help='what is trained')
-    parser.add_argument('--seeds', type=int, default=5, help='seeds 0, 1, ...')
     parser.add_argument('--epochs', type=int, help="instead of the config's")
     parser.add_argument(
         '--val-interval',
@@ -427,8 +297,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         '--reach', type=float, metavar='PERCENT', help='accuracy to count the epochs to'
     )
-    parser.add_argument('--jobs', type=int, default=2, help='runs side by side')
-    parser.add_argument('--work-dir', default='work_dirs/studies')
+    experiments.add_run_options(parser, work_dir='work_dirs/studies', seeds=5)
     args = parser.parse_args(argv)
     if args.list:
         for name, study in load(str(STUDIES)).items():
@@ -436,10 +305,7 @@ def main(argv: list[str]) -> None:
         return
     if args.study is None:
         raise UserError('Name a study, or --list them.')
-    if args.seeds < 1 or args.jobs < 1:
-        raise UserError(
-            f'--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}.'
-        )
+    experiments.check_run_options(args)
     study = load_study(args.study)
     if args.baseline:
         check_settings('--baseline', [args.baseline], study)
@@ -448,27 +314,18 @@ def main(argv: list[str]) -> None:
         study = choose(study, args.settings)
     if args.reach is not None:
         study['reach'] = args.reach
-    cfg = load_config(args.config)
-    runs = plan(study, cfg, args, Path(args.work_dir) / 'runs')
+    cfg = config_under_study(study, experiments.load_config(args.config), args)
+    record = experiments.open_record(args, cfg, metric=ACCURACY)
+    runs = plan(study, cfg, args.seeds)
     check_backbones(runs)
-    run_all(runs, {run.folder: write_config(run) for run in runs}, args.jobs)
+    results = experiments.run_all(runs, args.work_dir, args.jobs, record)
 
-    rows = summarize(study, runs)
-    print(f'\n{args.study}: {study["claim"]}')
-    print(f'Accuracy to get to: {study["reach"]} %\n' if 'reach' in study else '')
-    print(table(rows))
     name = f'{args.study}_{Path(args.config).stem}'
     if args.baseline:
         name += f'_to-{args.baseline.replace("/", "-")}'
-    work_dir = Path(args.work_dir) / name
-    work_dir.mkdir(exist_ok=True)
-    with open(work_dir / 'results.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(args.study, study, rows, runs, work_dir / 'results.png')
-    print(f'\nWritten: {work_dir}/results.csv, {work_dir}/results.png')
+    title = f'{args.study}: {study["claim"]}'
+    report(title, study, runs, results, args.work_dir / name)
 
 
 if __name__ == '__main__':
-    run_cli(main, 'study.py')
+    experiments.run_cli(main, 'study.py')

@@ -8,16 +8,17 @@ ImageNet configs; then builds the targets of a batch from them.
 import argparse
 import os.path as osp
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import time_in_turns
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate, worker_init_fn
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import DATASETS
 from PIL import Image, ImageFilter
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
 import spvit_mm  # noqa: F401
@@ -53,9 +54,9 @@ def build_dataset(config, root):
     return DATASETS.build(dict(**cfg, num_classes=NUM_CLASSES))
 
 
-def images_a_second(dataset, num_workers, batch_size, epochs):
-    """The median over passes of images a second, workers already running."""
-    loader = DataLoader(
+def make_loader(dataset, num_workers, batch_size):
+    """A loader whose workers stay from one pass to the next."""
+    return DataLoader(
         dataset,
         batch_size=batch_size,
         num_workers=num_workers,
@@ -63,14 +64,6 @@ def images_a_second(dataset, num_workers, batch_size, epochs):
         collate_fn=pseudo_collate,
         worker_init_fn=lambda i: worker_init_fn(i, num_workers, 0, 0, True),
     )
-    rates = []
-    for i in range(epochs + 1):
-        start = time.perf_counter()
-        for _ in loader:
-            pass
-        if i:  # the first starts the workers
-            rates.append(len(dataset) / (time.perf_counter() - start))
-    return rates
 
 
 def main():
@@ -92,34 +85,39 @@ def main():
         print('| workers | label maps | images/s, median (min .. max) | ratio |')
         print('| --- | --- | --- | --- |')
         for num_workers in args.num_workers:
-            medians = {}
-            for key, dataset in datasets.items():
-                rates = images_a_second(
-                    dataset, num_workers, args.batch_size, args.passes
+            timers = {
+                key: Timer(
+                    'for _ in loader: pass',
+                    globals={'loader': make_loader(data, num_workers, args.batch_size)},
                 )
-                medians[key] = np.median(rates)
+                for key, data in datasets.items()
+            }
+            times = time_in_turns(timers, args.passes, least=0)
+            for key, seconds in times.items():
+                rates = [args.num_images / x for x in seconds]
+                ratio = np.median(np.divide(times['without'], seconds))
                 print(
-                    f'| {num_workers} | {key} | {medians[key]:.0f} ({min(rates):.0f} .. '
-                    f'{max(rates):.0f}) | {medians[key] / medians["without"]:.3f} |',
+                    f'| {num_workers} | {key} | {np.median(rates):.0f} '
+                    f'({min(rates):.0f} .. {max(rates):.0f}) | {ratio:.3f} |',
                     flush=True,
                 )
         batch = pseudo_collate([datasets['with'][i] for i in range(args.batch_size)])
 
     samples = [sample.to(args.device) for sample in batch['data_samples']]
-    times = []
-    for _ in range(args.passes + 1):
-        start = time.perf_counter()
-        _, dense = token_label_targets(
-            [sample.token_label for sample in samples],
-            torch.stack([sample.token_label_view for sample in samples]),
-            NUM_CLASSES,
-            (14, 14),
-        )
-        dense.sum().item()
-        times.append(time.perf_counter() - start)
+    timer = Timer(
+        'token_label_targets(label_maps, views, num_classes, (14, 14))',
+        globals=dict(
+            token_label_targets=token_label_targets,
+            label_maps=[sample.token_label for sample in samples],
+            views=torch.stack([sample.token_label_view for sample in samples]),
+            num_classes=NUM_CLASSES,
+        ),
+        num_threads=torch.get_num_threads(),
+    )
+    milliseconds = 1000 * timer.blocked_autorange(min_run_time=2).median
     print(
         f'\nTargets of a batch of {args.batch_size}, 14 x 14 tokens, {NUM_CLASSES} '
-        f'classes, on {args.device}: {1000 * np.median(times[1:]):.0f} ms'
+        f'classes, on {args.device}: {milliseconds:.0f} ms'
     )
 
 

@@ -1,16 +1,8 @@
-import importlib.util
-from pathlib import Path
-
+import experiments
 import pytest
+import resolution
 
 from spvit_mm.utils import UserError
-
-ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location(
-    'resolution', ROOT / 'benchmarks/resolution.py'
-)
-resolution = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(resolution)
 
 
 def test_sizes_are_whole_patches():
@@ -26,13 +18,31 @@ def test_sizes_are_whole_patches():
     ('argv', 'words'),
     [
         (['digits', '--iters', '50'], '--iters must be above 50'),
-        (['digits', '--seeds', '0'], '--seeds must be at least 1'),
+        (['digits', '--seeds', '0'], '--seeds and --jobs must be at least 1'),
         (['cifar10', '--data-root', '/nowhere'], 'train/CLASS.*got /nowhere'),
     ],
 )
 def test_bad_arguments(argv, words):
     with pytest.raises(UserError, match=words):
         resolution.main(argv)
+
+
+def test_tests_are_of_the_size_and_the_rule():
+    args = resolution.argparse.Namespace(iters=60, data_root=None, cfg_options=None)
+    cases = [('resized', (48, 24))]
+    cfg = resolution.read_config('digits', args)
+    runs = resolution.plan(cfg, 'digits', cases, seeds=1)
+    assert [run.setting for run in runs] == list(resolution.TRAININGS)
+    own = runs[-1].config
+    assert own.model.backbone.pos_embed is None
+    changed = {test.name: experiments.changed(own, test.options) for test in own.tests}
+    assert list(changed) == [
+        f'prior-{rule}, resized 48x24' for rule in ('raw', 'scaled', 'clamped')
+    ]
+    for rule, test in zip(('raw', 'scaled', 'clamped'), changed.values(), strict=True):
+        assert test.model.backbone.prior.coords == rule
+        assert test.model.backbone.prior.init == 'local'
+        assert test.test_dataloader.dataset.pipeline[0].scale == (24, 48)
 
 
 @pytest.mark.slow
@@ -52,12 +62,10 @@ def test_scenes_are_evaluated_once(tmp_path, capsys, monkeypatch):
     rows = (tmp_path / 'out.csv').read_text().splitlines()
     assert len(rows) == 1 + len(resolution.VARIANTS) * 3
 
-    monkeypatch.setattr(resolution.Runner, 'train', None)  # it would have to be called
+    monkeypatch.setattr(experiments, '_start', None)  # it would have to be called
     resolution.main(argv)
     tables = [
         text[text.index('scenes, resized') :]
         for text in (first, capsys.readouterr().out)
     ]
     assert tables[0] == tables[1]
-    with pytest.raises(UserError, match='results of other settings'):
-        resolution.main([*argv, 'optim_wrapper.optimizer.lr=1e-4'])

@@ -1,0 +1,134 @@
+"""Settings beside one another: paired statistics, tables and figures."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def holm(p_values: list[float]) -> np.ndarray:
+    """Holm's correction of p-values for the number of comparisons.
+
+    The i-th smallest of m is multiplied by m - i + 1, and none is smaller than the
+    one before it (Holm 1979). A nan is no comparison and stays.
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)[: np.sum(~np.isnan(p))]
+    factors = np.arange(len(order), 0, -1)
+    adjusted = np.full_like(p, np.nan)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * p[order]))
+    return adjusted
+
+
+def compare(values: dict[str, list[float]], against: dict[str, str]) -> list[dict]:
+    """Mean and deviation of each setting, and its difference to its baseline.
+
+    Args:
+        values (dict): By setting, one value per seed, the seeds in one order.
+        against (dict): The baseline of each setting.
+
+    Returns:
+        list[dict]: One row per setting. ``interval`` is half the 95 % interval of the
+        difference, by a t-test of the seeds' differences, ``p`` its p-value and
+        ``p_holm`` that value corrected for all comparisons.
+    """
+    from scipy import stats
+
+    rows = []
+    for setting, found in values.items():
+        found, n = np.array(found, dtype=float), len(found)
+        baseline = against[setting]
+        differences = found - np.array(values[baseline], dtype=float)
+        row = dict(setting=setting, seeds=n, mean=found.mean(), std=np.nan)
+        row.update(against=baseline, difference=differences.mean())
+        row.update(interval=np.nan, p=np.nan)
+        if n > 1:
+            error = stats.sem(differences)
+            row.update(std=found.std(ddof=1))
+            row.update(interval=error * stats.t.ppf(0.975, n - 1))
+            if setting != baseline:
+                with np.errstate(divide='ignore', invalid='ignore'):
+                    t = abs(differences.mean()) / error
+                # 0 / 0: no seed differs at all
+                row.update(p=np.nan_to_num(2 * stats.t.sf(t, n - 1), nan=1.0))
+        rows.append(row)
+    for row, p in zip(rows, holm([row['p'] for row in rows]), strict=True):
+        row['p_holm'] = p
+    return rows
+
+
+def comparison_table(rows: list[dict]) -> str:
+    """The rows of :func:`compare` in Markdown."""
+    lines = [
+        '| setting | top-1 (%) | std | difference | to | 95 % interval | p (Holm) |',
+        '| --- | --- | --- | --- | --- | --- | --- |',
+    ]
+    for row in rows:
+        cells = [row['setting'], f'{row["mean"]:.2f}', f'{row["std"]:.2f}']
+        if row['setting'] == row['against']:
+            cells += [''] * 4
+        else:
+            low, high = (row['difference'] + s * row['interval'] for s in (-1, 1))
+            cells += [f'{row["difference"]:+.2f}', row['against']]
+            cells += [f'{low:+.2f} .. {high:+.2f}', f'{row["p_holm"]:.3f}']
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def values_table(heads: list[str], values: dict[str, list], corner: str) -> str:
+    """Mean and deviation over seeds in Markdown.
+
+    Args:
+        heads (list[str]): Of the columns.
+        values (dict): By the name of a row, for each column the values of the seeds.
+        corner (str): Head of the names.
+    """
+
+    def cell(found):
+        spread = f' ± {np.std(found, ddof=1):.1f}' if len(found) > 1 else ''
+        return f'{np.mean(found):.1f}{spread}'
+
+    lines = [f'| {" | ".join([corner, *heads])} |', '| --- ' * (len(heads) + 1) + '|']
+    lines += [f'| {" | ".join([k, *map(cell, row)])} |' for k, row in values.items()]
+    return '\n'.join(lines)
+
+
+def draw_differences(axis, rows: list[dict], unit: str = 'points') -> None:
+    """Each setting's difference to its baseline with the interval, and its mean."""
+    names = []
+    for place, row in enumerate(rows):
+        own = row['setting'] == row['against']
+        text = f'{row["mean"]:.1f}'
+        if row['std'] == row['std']:
+            text += f' ± {row["std"]:.1f}'
+        names.append(f'{row["setting"]}\n{text}')
+        wide = 0 if own else np.nan_to_num(row['interval'])
+        style = 'D' if own else 'o'
+        axis.errorbar(row['difference'], place, xerr=wide, fmt=style, capsize=3)
+    axis.axvline(0, color='grey', linewidth=0.8)
+    axis.set_yticks(range(len(rows)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(f'difference to its baseline, {unit}; 95 % interval')
+
+
+def draw_curves(axis, curves: dict[str, list[dict]]) -> None:
+    """The mean over seeds of each setting's metric by step.
+
+    Args:
+        axis: Of matplotlib.
+        curves (dict): By setting, for each seed the metric by step.
+    """
+    for setting, own in curves.items():
+        steps = sorted(set.intersection(*(set(map(int, curve)) for curve in own)))
+        means = [np.mean([curve[str(step)] for curve in own]) for step in steps]
+        axis.plot(steps, means, label=setting)
+    axis.set_xlabel('epoch')
+    axis.set_ylabel('top-1 (%), mean over seeds')
+    axis.legend(fontsize='small')
+
+
+def draw_values(axis, heads: list[str], values: dict[str, list]) -> None:
+    """Means over seeds as one line per row of :func:`values_table`."""
+    for name, row in values.items():
+        axis.plot(range(len(heads)), list(map(np.mean, row)), 'o-', label=name)
+    axis.set_xticks(range(len(heads)), heads, fontsize=8)
+    axis.legend(fontsize=8)

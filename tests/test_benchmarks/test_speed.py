@@ -1,0 +1,87 @@
+import csv
+import itertools
+import sys
+
+import measuring
+import numpy as np
+import pytest
+import speed
+from torch.utils.benchmark import Timer
+
+
+def test_contestants_take_turns():
+    order = []
+    timers = {
+        name: Timer('order.append(name)', globals={'order': order, 'name': name})
+        for name in 'ab'
+    }
+    times = measuring.time_in_turns(timers, rounds=3, least=0)
+    turns = [name for name, _ in itertools.groupby(order)]
+    assert turns == list('ababab')
+    assert [len(values) for values in times.values()] == [3, 3]
+    assert all(value > 0 for values in times.values() for value in values)
+
+
+def test_peak_counts_what_was_held():
+    before = measuring.resident_peak(forget=True)
+    held = np.ones(2**23)  # 64 MB
+    peak = measuring.resident_peak()
+    del held
+    assert 50 < peak - before < 100
+    assert measuring.resident_peak() == pytest.approx(peak, abs=1)
+
+
+def test_failing_process_is_told(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import sys\nprint("[1, 2]")\nsys.exit(sys.argv[1:] and "no luck")'
+    )
+    with pytest.raises(RuntimeError, match='script.py --x ended with code 1:\nno luck'):
+        measuring.run_apart(str(script), '--x')
+    script.write_text('print("noise")\nprint([1, 2])')
+    assert measuring.run_apart(str(script)) == [1, 2]
+
+
+@pytest.mark.parametrize('short', [False, True])
+def test_parts_have_cases_and_contestants(short):
+    args = speed.parse_args(['--short'] if short else [])
+    assert args.part == list(speed.PARTS)
+    for name, part in speed.PARTS.items():
+        assert part.floor in part.names
+        cases = part.cases(args)
+        assert {case.part for case in cases} == {name}
+        tokens = [case.tokens for case in cases if case.mode == 'infer']
+        assert tokens == sorted(tokens)
+    assert args.repeats == (4 if short else 7)
+
+
+@pytest.mark.parametrize(
+    ('argv', 'words'),
+    [
+        (['--cases', 'infer:14'], '--cases takes mode:side:batch'),
+        (['--cases', 'run:14:1'], '--cases takes mode:side:batch'),
+        (['--repeats', '0'], 'numbers from 1 on'),
+        (['--part', 'layers'], "invalid choice: 'layers'"),
+        (['--cpu-time', '--device', 'cuda'], 'for --device cpu'),
+    ],
+)
+def test_bad_options(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        speed.parse_args(argv)
+    assert words in capsys.readouterr().err
+
+
+def test_layer_part(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, 'LEAST', 0)
+    argv = ['--part', 'layer', '--grids', '3', '4', '--repeats', '2', '--no-memory']
+    monkeypatch.setattr(sys, 'argv', ['speed.py', *argv])
+    speed.main([*argv, '--out-dir', str(tmp_path), '--threads', '1'])
+    with open(tmp_path / 'speed.csv') as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in speed.LAYERS if name != 'flex']
+    assert [row['name'] for row in rows] == names * 4
+    for row in rows:
+        assert float(row['ms']) > 0
+        assert row['name'] != 'sdpa' or float(row['ratio']) == 1
+    assert '**layer, train, 16 tokens' in capsys.readouterr().out
+    assert (tmp_path / 'speed.png').exists()
