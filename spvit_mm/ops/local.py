@@ -227,6 +227,23 @@ class _Group:
             return table if table is None else table[self.heads]
         return table.expand(len(self.heads), -1, -1)
 
+    def _neighbours(self) -> bool:
+        return self.heads[-1] - self.heads[0] + 1 == len(self.heads)
+
+    def take(self, x: Tensor, images: slice) -> Tensor:
+        """The group's part of ``x`` (B, heads, ..): a view, if its heads are in a row."""
+        if self._neighbours():
+            return x[images, self.heads[0] : self.heads[-1] + 1]
+        return x[images].index_select(1, torch.tensor(self.heads, device=x.device))
+
+    def put(self, x: Tensor, images: slice, values: Tensor) -> None:
+        """Write the group's part of ``x`` (B, heads, ..)."""
+        if self._neighbours():
+            x[images, self.heads[0] : self.heads[-1] + 1] = values
+        else:
+            index = torch.tensor(self.heads, device=x.device)
+            x[images].index_copy_(1, index, values)
+
     def logits(self, scores: Tensor, tile: _Tile, out: Tensor) -> Tensor:
         """``omega * scores + beta``, (images, heads, queries, extra + keys)."""
         beta = self.beta.at(tile)
@@ -239,13 +256,17 @@ class _Step:
     """Some images and one group of heads: what a tile needs of them."""
 
     def __init__(self, group, images, q, k, v, hw, extra, dtype) -> None:
-        self.at = (images, group.heads)
+        self.group, self.images = group, images
         self.hw, self.extra = hw, extra
-        self.q, self.k, self.v = (x[self.at].to(dtype) for x in (q, k, v))
+        self.q, self.k, self.v = (self.take(x).to(dtype) for x in (q, k, v))
         self.shape = self.q.shape[:2]
         most = self.shape[0] * self.shape[1] * group.keys
         self.rooms = [x.new_empty(most * x.shape[-1]) for x in (self.k, self.v)]
         self.scores = [self.q.new_empty(most * TILE * TILE) for _ in range(3)]
+
+    def take(self, x: Tensor) -> Tensor:
+        """The step's part of ``x`` (B, heads, ..)."""
+        return self.group.take(x, self.images)
 
     def grid(self, x: Tensor) -> Tensor:
         """The patches of (n, heads, extra + N, d) or of (n, heads, N, d)."""
@@ -313,8 +334,8 @@ def _forward(q, k, v, groups, hw, scale, extra, p, seed, dtype):
     sums = q.new_empty(batch, heads, tokens, 1, dtype=dtype)
     shifts = None
     for group, step in _steps(groups, q, k, v, hw, extra, dtype):
-        mixed = torch.empty_like(out[step.at], dtype=dtype)
-        total = torch.empty_like(sums[step.at])
+        mixed = torch.empty_like(step.take(out), dtype=dtype)
+        total = torch.empty_like(step.take(sums))
         shift = torch.zeros_like(total)
         for tile in group.tiles:
             queries, (keys, values) = step.rows(step.q, tile), step.near(tile)
@@ -339,9 +360,10 @@ def _forward(q, k, v, groups, hw, scale, extra, p, seed, dtype):
             step.put(total, tile, row)
             part = torch.bmm(s.flatten(0, 1), values)
             step.put(mixed, tile, part.div_(row.flatten(0, 1)))
-        out[step.at], sums[step.at] = mixed.to(out.dtype), total
-        if shifts is not None:
-            shifts[step.at] = shift
+        parts = [(out, mixed.to(out.dtype)), (sums, total), (shifts, shift)]
+        for whole, part in parts:
+            if whole is not None:
+                group.put(whole, step.images, part)
     return out, sums, shifts
 
 
@@ -352,9 +374,9 @@ def _backward(grad, saved, groups, hw, scale, extra, p, seed, dtype):
     results = [torch.empty_like(x, dtype=dtype) for x in (q, k, v)]
     for group, step in _steps(groups, q, k, v, hw, extra, dtype):
         # g' = g / rowsum and D = rowsum(g' * out)
-        g = grad[step.at].to(dtype) / sums[step.at]
-        dot = (g * out[step.at]).sum(-1, keepdim=True)
-        shift = None if shifts is None else shifts[step.at]
+        g = step.take(grad).to(dtype) / step.take(sums)
+        dot = (g * step.take(out)).sum(-1, keepdim=True)
+        shift = None if shifts is None else step.take(shifts)
         dq, dk, dv = (torch.zeros_like(x) for x in (step.q, step.k, step.v))
         for tile in group.tiles:
             queries, (keys, values) = step.rows(step.q, tile), step.near(tile)
@@ -382,7 +404,7 @@ def _backward(grad, saved, groups, hw, scale, extra, p, seed, dtype):
             step.put(dq, tile, torch.bmm(flat, keys))
             step.add_near(dk, tile, torch.bmm(flat.transpose(1, 2), queries))
         for result, part in zip(results, (dq, dk, dv), strict=True):
-            result[step.at] = part
+            group.put(result, step.images, part)
     return [result.to(x.dtype) for result, x in zip(results, (q, k, v), strict=True)]
 
 
