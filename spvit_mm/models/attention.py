@@ -283,10 +283,11 @@ def check_prior(prior, num_heads, combine):
             f'`prior` has num_heads={prior.num_heads}, but an attention '
             f'of {num_heads} heads takes a prior of 1 or {num_heads}.'
         )
-    hard = isinstance(prior, WindowSpatialPrior) and not prior.soft
+    window = isinstance(prior, WindowSpatialPrior)
+    hard = window and not prior.soft and not prior.masked
     if combine != 'multiply' and hard:
         raise ValueError(
-            f'`combine={combine!r}` cannot take a hard WindowSpatialPrior: its 0 '
-            'and 1 are no bias but a mask, which weakens what lies outside when '
-            "multiplied. Take combine='multiply', or soft=True."
+            f'`combine={combine!r}` cannot take a hard WindowSpatialPrior: its 0 and 1 '
+            'are no bias, they choose what is multiplied. Take masked=True to mask what '
+            "lies outside, soft=True for a bias, or combine='multiply'."
         )

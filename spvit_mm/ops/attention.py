@@ -14,12 +14,16 @@ from .chunked import chunked_attention
 from .compat import is_compiling
 from .eager import eager_attention, sdpa_attention
 from .flex import flex_prior_attention, flex_works, why_not_flex
+from .local import kept_share, local_attention
 from .prior import check_keep, check_table, mask_bias
 
-ATTN_IMPLS = ('auto', 'eager', 'chunked', 'sdpa', 'flex')
+ATTN_IMPLS = ('auto', 'eager', 'chunked', 'local', 'sdpa', 'flex')
 # On the CPU 'auto' lets torch's own attention add the bias of all pairs of tokens up to
 # this many bytes, which stay in the cache; beyond, blocks that never write it are faster.
 SDPA_BYTES = 1 << 21
+# On the CPU 'auto' takes the tiles of 'local' where they compute up to this part of all
+# pairs.
+LOCAL_SHARE = 0.5
 
 
 def _traced() -> bool:
@@ -90,7 +94,7 @@ def _check(q, k, v, tables, hw, extra, dropout_p, attn_impl) -> None:
         check_keep(tables['keep'], hw, values=q.device.type == 'cpu' and not _traced())
 
 
-def _choose(q, v, tables, dtype, needs_grad: bool, dropout_p: float) -> str:
+def _choose(q, v, tables, hw, dtype, needs_grad: bool, dropout_p: float) -> str:
     """The rule of ``attn_impl='auto'``; see :func:`spatial_prior_attention`.
 
     ``dtype`` is that of the scores, autocast's included.
@@ -102,6 +106,8 @@ def _choose(q, v, tables, dtype, needs_grad: bool, dropout_p: float) -> str:
         return 'flex'
     if q.device.type != 'cpu':
         return all_pairs
+    if 'keep' in tables and kept_share(tables['keep'], hw) <= LOCAL_SHARE:
+        return 'local'
     heads = max(table.shape[0] for table in tables.values())
     small = heads * q.shape[2] ** 2 * q.element_size() <= SDPA_BYTES
     # With dropout, or a gradient of the mask, torch computes operation by operation.
@@ -167,6 +173,9 @@ def spatial_prior_attention(
             - 'chunked': blocks of queries; memory grows as N. Backward by
               recomputation, once. Runs on every device; is eager in a trace, compiled
               or exported.
+            - 'local': tiles of queries, each against the keys that some kept offset
+              reaches; time and memory grow as N times what is kept. Needs ``keep``;
+              otherwise as 'chunked'.
             - 'sdpa': torch's scaled_dot_product_attention with the bias of all pairs
               of tokens as its mask, rounded to the dtype of the queries; no ``prior``.
               Is eager under torch.jit.trace.
@@ -175,6 +184,7 @@ def spatial_prior_attention(
               are not kept are skipped.
             - 'auto': on CUDA 'flex' where it can run and compiles (tried once for every
               shape; where it fails, a warning says why). On the CPU 'chunked', but
+              'local' where its tiles hold up to ``LOCAL_SHARE`` of all pairs, and
               'sdpa' where it is exact, the bias and the mask need no gradient and take
               up to ``SDPA_BYTES`` for all pairs, and there is no dropout. Elsewhere,
               and traced, compiled or exported, 'sdpa' where it is exact, else 'eager'.
@@ -209,7 +219,7 @@ def spatial_prior_attention(
     )
     kernel = attn_impl
     if kernel == 'auto':
-        kernel = _choose(q, v, tables, dtype, needs_grad, dropout_p)
+        kernel = _choose(q, v, tables, hw, dtype, needs_grad, dropout_p)
     elif kernel == 'flex':
         reason = why_not_flex(q, v, needs_grad, dropout_p)
         if reason:
@@ -217,6 +227,11 @@ def spatial_prior_attention(
                 f"attn_impl='flex' cannot run here: {reason}. "
                 "attn_impl='eager' and 'chunked' can, and 'auto' chooses."
             )
+    elif kernel == 'local' and keep is None:
+        raise ValueError(
+            "attn_impl='local' computes what `keep` keeps, but got none. "
+            "attn_impl='chunked' computes all pairs, and 'auto' chooses."
+        )
     elif kernel == 'sdpa' and prior is not None:
         raise ValueError(
             "attn_impl='sdpa' adds and masks only, but got a `prior` to multiply with. "
@@ -224,7 +239,7 @@ def spatial_prior_attention(
         )
     # A trace of the blocks would be a long graph of a fixed plan; torch 2.1 cannot export
     # its own attention to ONNX with a scale.
-    if (kernel == 'chunked' and _traced()) or (
+    if (kernel in ('chunked', 'local') and _traced()) or (
         kernel == 'sdpa' and torch.jit.is_tracing()
     ):
         kernel = 'eager'
@@ -240,6 +255,8 @@ def spatial_prior_attention(
             if attn_impl == 'flex' or flex_works(*inputs, needs_grad):
                 return flex_prior_attention(*inputs, is_compiling())
             kernel = _choose_all_pairs(tables, dtype)
+        if kernel == 'local':
+            return local_attention(q, k, v, prior, bias, keep, *grid, dropout_p)
         inputs = (q, k, v, prior, mask_bias(bias, keep), *grid, dropout_p)
         if kernel == 'chunked':
             return chunked_attention(*inputs)

@@ -162,6 +162,22 @@ def test_a_hard_window_moves_with_its_model_and_is_in_no_checkpoint():
     assert WindowSpatialPrior(2).to('meta')._anchor().device.type == 'meta'
 
 
+@pytest.mark.parametrize('combine', ['multiply', 'add'])
+@pytest.mark.parametrize('hw', [(5, 6), (20, 17)])
+def test_a_masked_window_is_neighbourhood_attention(combine, hw):
+    """Each patch sees the patches within its window, and the class token."""
+    cfg = dict(type='WindowSpatialPrior', window=(5, 3), masked=True)
+    attn = SpatialPriorAttention(8, 2, cfg, combine, num_extra_tokens=1).double()
+    x = torch.randn(1, 1 + hw[0] * hw[1], 8, dtype=torch.float64)
+    q, k, v = attn.project_qkv(x, hw)
+    scores = attn.scale * q @ k.transpose(-2, -1)
+    y, x_ = torch.arange(hw[0] * hw[1]) // hw[1], torch.arange(hw[0] * hw[1]) % hw[1]
+    near = ((y - y[:, None]).abs() <= 1) & ((x_ - x_[:, None]).abs() <= 2)
+    scores[..., 1:, 1:].masked_fill_(~near, -float('inf'))
+    expected = attn.merge_heads(scores.softmax(-1) @ v, v)
+    torch.testing.assert_close(attn(x, hw), expected)
+
+
 @pytest.mark.parametrize('coords', ['scaled', 'raw', 'clamped'])
 def test_a_checkpoint_of_another_grid_is_resized(coords):
     _, old = build('table', coords=coords)
@@ -240,6 +256,12 @@ def test_attention_with_a_window_is_its_formula():
         (LinearSpatialPrior, dict(num_heads=0), 'num_heads'),
         (TableSpatialPrior, dict(), 'needs `grid`'),
         (TableSpatialPrior, dict(grid=(0, 3)), 'needs `grid`'),
+        (
+            WindowSpatialPrior,
+            dict(masked=True, soft=True),
+            '`masked` takes a hard window',
+        ),
+        (WindowSpatialPrior, dict(masked=True, shift=(9, 0)), 'holds the query itself'),
         (WindowSpatialPrior, dict(shape='round'), "'square', 'cross'"),
         (WindowSpatialPrior, dict(window=0), '`window` must be positive'),
         (WindowSpatialPrior, dict(window=(1, 2, 3)), '`window` must be a pair'),

@@ -106,6 +106,11 @@ class WindowSpatialPrior(SpatialPrior):
     not minus infinity; they are attended to alike, whatever they hold. No
     window is neutral: with this prior a new SP-SA is not vanilla attention.
 
+    With ``masked=True`` a hard window is a mask instead: keys outside take minus
+    infinity, and inside nothing changes. That is neighbourhood attention
+    (https://arxiv.org/abs/2204.07143), whose pairs outside are not computed on the CPU
+    and, in whole blocks, on CUDA.
+
     Args:
         num_heads (int): Number of heads.
         window (int | Sequence): The size in patches: one side for a square, or
@@ -120,6 +125,8 @@ class WindowSpatialPrior(SpatialPrior):
             sharpness. Defaults to False.
         sharpness (float): Of the soft form at the start, per patch.
             Defaults to 2.
+        masked (bool): Whether a hard window masks what lies outside, see above.
+            Defaults to False.
         **kwargs: ``grid``, ``coords`` and ``init_cfg`` of
             :class:`SpatialPrior`.
 
@@ -137,6 +144,7 @@ class WindowSpatialPrior(SpatialPrior):
         shape='square',
         soft=False,
         sharpness=2.0,
+        masked=False,
         **kwargs,
     ):
         super().__init__(num_heads, **kwargs)
@@ -148,8 +156,15 @@ class WindowSpatialPrior(SpatialPrior):
             raise ValueError(f'`window` must be positive, got {window!r}.')
         if not sharpness > 0:
             raise ValueError(f'`sharpness` must be positive, got {sharpness!r}.')
+        if masked and (soft or not self._holds_zero(size, shift)):
+            raise ValueError(
+                '`masked` takes a hard window that holds the query itself, or a query '
+                f'could be left without keys; got soft={soft}, window={window!r} and '
+                f'shift={shift!r}.'
+            )
         self.shape = shape
         self.soft = soft
+        self.masked = masked
         half, shift = size / 2, self._per_head(shift, 'shift')
         if soft:
             # Flat: weight decay on matrices only must not shrink a window.
@@ -174,7 +189,17 @@ class WindowSpatialPrior(SpatialPrior):
                 f'for each head, got {value!r}.'
             ) from None
 
+    def _holds_zero(self, size, shift):
+        return bool((self._per_head(shift, 'shift').abs() < size / 2).all())
+
     def relation(self, offsets):
+        window = self._window(offsets)
+        return torch.ones_like(window) if self.masked else window
+
+    def visible(self, offsets):
+        return self._window(offsets) > 0 if self.masked else None
+
+    def _window(self, offsets):
         half = self.half_size.to(offsets.dtype).view(-1, 1, 2)
         shift = self.shift.to(offsets.dtype).view(-1, 1, 2)
         away = (offsets - shift).abs()  # (heads, M, 2)
@@ -191,7 +216,10 @@ class WindowSpatialPrior(SpatialPrior):
         return torch.sigmoid(sharpness * (half - away)).prod(dim=-1)
 
     def extra_repr(self):
-        return f'{super().extra_repr()}, shape={self.shape!r}, soft={self.soft}'
+        return (
+            f'{super().extra_repr()}, shape={self.shape!r}, soft={self.soft}, '
+            f'masked={self.masked}'
+        )
 
 
 def check_grid(grid, what):
