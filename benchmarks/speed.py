@@ -1,6 +1,6 @@
 """Time and memory of attention with a spatial prior, as ratios to none.
 
-Three parts. ``layer``: q, k, v are given, and each kernel (with the prior's MLP in
+Parts: ``layer``: q, k, v are given, and each kernel (with the prior's MLP in
 front) stands beside ``sdpa`` (no prior: the floor) and ``naive`` (the formula as it
 is written, with the MLP on all N x N pairs). ``model``: SP-ViT-S with each kernel
 and in its deploy form beside the same skeleton without SP-SA layers (the floor), the
@@ -8,7 +8,11 @@ priors' values alone, mmpretrain's
 VisionTransformer and SwinTransformer and timm's ViT with relative positions, all of
 like size. ``start``: a new process that imports, builds DeiT-S, loads its checkpoint and
 classifies the first image; mmpretrain's (the floor), ours with priors, and its deploy
-form.
+form. ``positions``: every position method in the skeleton of SP-ViT-S beside none at all
+(the floor), and in that of DeiT-S beside mmpretrain's VisionTransformer (their floor) and
+timm's models of that size. ``sparse``: the skeleton of SP-ViT-S with layers that keep the
+offsets within 7 patches beside the same without any (the floor), and one attention layer
+so masked beside torch's own (its floor).
 
 Within one case the contestants take turns, so that a busy machine slows all of them;
 medians over the rounds are reported, each taken with torch.utils.benchmark. Peak memory
@@ -55,6 +59,53 @@ MODELS = (
     'mmpretrain-swin',
     'timm-relpos',
 )
+# Arguments of SPViT that give its layers a position.
+POSITIONS = {
+    'none': dict(num_spsa_layers=0),
+    'product': dict(),
+    'product with score': dict(attn_cfg=dict(init_score=2.0)),
+    'sum': dict(attn_cfg=dict(combine='add')),
+    'both': dict(attn_cfg=dict(combine='both')),
+    'log-CPB': dict(
+        prior=dict(type='LogCPBSpatialPrior'), attn_cfg=dict(combine='add')
+    ),
+    'ALiBi': dict(prior=dict(type='ALiBiSpatialPrior'), attn_cfg=dict(combine='add')),
+    'KERPLE': dict(prior=dict(type='KERPLESpatialPrior'), attn_cfg=dict(combine='add')),
+    'LookHere': dict(
+        prior=dict(
+            type='LookHereSpatialPrior',
+            views=('right', 'left', 'down', 'up', 'all', 'all'),
+        ),
+        attn_cfg=dict(combine='add'),
+    ),
+    'bias table': dict(attn_cfg=dict(type='RelativePositionAttention')),
+    'Shaw': dict(attn_cfg=dict(type='RelativePositionAttention', mode='embedding')),
+    'PSA': dict(attn_cfg=dict(type='GatedPositionalAttention', init='random')),
+    'rotary axial': dict(attn_cfg=dict(type='RotaryPositionAttention', mode='axial')),
+    'rotary mixed': dict(attn_cfg=dict(type='RotaryPositionAttention')),
+}
+# In the shape of DeiT-S, beside models of others.
+DEIT = ('none', 'product', 'sum', 'rotary axial', 'rotary mixed')
+OTHERS = {
+    'mmpretrain ViT': None,
+    'timm DeiT': 'deit_small_patch16_224',
+    'timm relative': 'vit_relpos_small_patch16_224',
+    'timm rotary mixed': 'vit_small_patch16_rope_mixed_224',
+    'timm ConViT': 'convit_small',
+}
+# What keeps the offsets within 7 patches: a mask alone, and a mask and a product.
+SPARSE = {
+    'none': dict(num_spsa_layers=0),
+    'near keys': dict(
+        prior=dict(type='WindowSpatialPrior', window=15, masked=True),
+        attn_cfg=dict(combine='add'),
+    ),
+    'near keys, product': dict(
+        prior=dict(type='WindowSpatialPrior', window=15, masked=True)
+    ),
+    'all keys, product': dict(),
+}
+SPARSE_LAYERS = ('layer: all keys', 'layer: near keys', 'layer: near keys, product')
 # What a new process does before its first result.
 START = {
     'mmpretrain-vit': dict(type='VisionTransformer'),
@@ -175,10 +226,70 @@ def build_network(name: str, case: Case) -> torch.nn.Module:
     return SPViT(arch='spvit-small', img_size=image, attn_cfg=attn_cfg)
 
 
-def build_model(name: str, case: Case):
-    """A whole network: forward, or forward, backward and one AdamW step."""
+def build_positions(name: str, case: Case) -> torch.nn.Module:
+    """SP-ViT-S, or DeiT-S after 'DeiT-S, ', with a position method, or another's."""
+    image = case.grid * PATCH
+    skeleton, _, method = name.rpartition(', ')
+    if method in OTHERS:
+        if OTHERS[method] is None:
+            return build_network('mmpretrain-vit', case)
+        import timm
+
+        return timm.create_model(OTHERS[method], num_classes=0, img_size=image)
+    from spvit_mm.models import SPViT
+
+    arch = dict(arch='deit-small', num_spsa_layers=10) if skeleton else {}
+    arch = arch or dict(arch='spvit-small')
+    return SPViT(img_size=image, **{**arch, **POSITIONS[method]})
+
+
+def build_sparse(name: str, case: Case):
+    """SP-ViT-S, or one attention layer, with what it keeps."""
+    if name in SPARSE:
+        from spvit_mm.models import SPViT
+
+        image = case.grid * PATCH
+        return work(SPViT(arch='spvit-small', img_size=image, **SPARSE[name]), case)
+    from spvit_mm.ops import spatial_prior_attention
+
     torch.manual_seed(0)
-    net = build_network(name, case).to(case.device)
+    hw, train = (case.grid, case.grid), case.mode == 'train'
+    qkv = torch.randn(case.batch, case.tokens, 3, HEADS, HEAD_DIMS, device=case.device)
+    q, k, v = qkv.requires_grad_(train).permute(2, 0, 3, 1, 4).unbind(0)
+    steps = torch.arange(1 - case.grid, case.grid, device=case.device).abs() <= 7
+    keep = (steps[:, None] & steps)[None]
+    prior = torch.rand(HEADS, *keep.shape[1:], device=case.device)
+    prior.requires_grad_(train)
+    tables = {
+        'layer: all keys': dict(prior=None),
+        'layer: near keys': dict(prior=None, keep=keep),
+        'layer: near keys, product': dict(prior=prior, keep=keep),
+    }
+
+    def run():
+        with torch.set_grad_enabled(train):
+            out = spatial_prior_attention(q, k, v, hw=hw, **tables[name])
+            if train:
+                torch.autograd.grad(out, [qkv], torch.ones_like(out), retain_graph=True)
+
+    return run
+
+
+def build_model(name: str, case: Case):
+    """A whole network of the model part at work."""
+    torch.manual_seed(0)
+    return work(build_network(name, case), case)
+
+
+def build_position_model(name: str, case: Case):
+    """A whole network of the positions part at work."""
+    torch.manual_seed(0)
+    return work(build_positions(name, case), case)
+
+
+def work(net: torch.nn.Module, case: Case):
+    """A network's forward, or its forward, backward and one AdamW step."""
+    net = net.to(case.device)
     image = case.grid * PATCH
     images = torch.randn(case.batch, 3, image, image, device=case.device)
     half = case.dtype == 'bf16'
@@ -314,7 +425,8 @@ def measure(case: Case, args) -> list[dict]:
     if args.memory and case.tokens >= args.memory_from:
         for name in times:
             memory[name] = in_own_process('--memory-of', [name, *case], args)
-    return tabulate(case, times, lambda _: part.floor, memory, args)
+    floor_of = part.floor if callable(part.floor) else lambda _: part.floor
+    return tabulate(case, times, floor_of, memory, args)
 
 
 def tabulate(case: Case, times: dict, floor_of, memory: dict, args) -> list[dict]:
@@ -440,7 +552,8 @@ class Part(NamedTuple):
 
     Attributes:
         names (tuple): The contestants of each of its cases.
-        floor (str): The one that the others' ratios are to.
+        floor (str | Callable): The one that the others' ratios are to, or a function
+            from a contestant to its own.
         cases (Callable): From the options to its cases, small ones first.
         build (Callable): From a contestant and a case to a function that does the
             work once.
@@ -448,7 +561,7 @@ class Part(NamedTuple):
     """
 
     names: tuple
-    floor: str
+    floor: str | Callable
     cases: Callable
     build: Callable
     measure: Callable = measure
@@ -463,24 +576,52 @@ def layer_cases(args) -> list[Case]:
     ]
 
 
-def model_cases(args) -> list[Case]:
-    cases = []
-    for dtype in args.dtypes:
-        for text in args.cases:
-            mode, grid, batch = text.split(':')
-            case = Case('model', mode, int(grid), int(batch), dtype, args.device)
-            cases.append(case)
+def cases_of(part: str) -> Callable:
+    """From the options to the cases that ``--cases`` names, of one part."""
+
+    def cases(args) -> list[Case]:
+        found = []
+        for dtype in args.dtypes:
+            for text in args.cases or CASES[part]:
+                mode, grid, batch = text.split(':')
+                case = Case(part, mode, int(grid), int(batch), dtype, args.device)
+                found.append(case)
+        return found
+
     return cases
+
+
+def position_floor(name: str) -> str:
+    return 'DeiT-S, mmpretrain ViT' if name.startswith('DeiT-S') else 'none'
+
+
+def sparse_floor(name: str) -> str:
+    return SPARSE_LAYERS[0] if name in SPARSE_LAYERS else 'none'
 
 
 def start_cases(args) -> list[Case]:
     return [Case('start', 'infer', 14, 1, 'fp32', 'cpu')]
 
 
+# As mode:side of the grid:batch.
+CASES = {
+    'model': ['infer:14:8', 'infer:32:1', 'train:14:4', 'infer:64:1'],
+    'positions': ['infer:14:8', 'train:14:4', 'infer:32:1', 'train:32:1'],
+    'sparse': ['infer:32:1', 'infer:64:1', 'train:32:1'],
+}
 PARTS = {
     'layer': Part(LAYERS, 'sdpa', layer_cases, build_layer),
-    'model': Part(MODELS, 'spvit-0spsa', model_cases, build_model),
+    'model': Part(MODELS, 'spvit-0spsa', cases_of('model'), build_model),
     'start': Part(tuple(START), 'mmpretrain-vit', start_cases, None, measure_start),
+    'positions': Part(
+        (*POSITIONS, *(f'DeiT-S, {name}' for name in (*OTHERS, *DEIT))),
+        position_floor,
+        cases_of('positions'),
+        build_position_model,
+    ),
+    'sparse': Part(
+        (*SPARSE, *SPARSE_LAYERS), sparse_floor, cases_of('sparse'), build_sparse
+    ),
 }
 
 
@@ -512,15 +653,16 @@ def parse_args(argv=None):
     def add(name, text=None, **kwargs):
         parser.add_argument(name, help=text, **kwargs)
 
-    add('--part', nargs='+', choices=list(PARTS), default=list(PARTS))
+    usual = ['layer', 'model', 'start']
+    add('--part', 'default: layer model start', nargs='+', choices=PARTS, default=usual)
     grids = [14, 24, 32, 48, 64]
     add('--grids', 'sides of the layer part', nargs='+', type=int, default=grids)
-    cases = ['infer:14:8', 'infer:32:1', 'train:14:4', 'infer:64:1']
-    text = 'the model part, as mode:side of the grid:batch'
-    add('--cases', text, nargs='+', default=cases)
+    text = 'of the parts model, positions and sparse, as mode:side of the grid:batch'
+    add('--cases', text, nargs='+', default=[])
     add('--dtypes', nargs='+', choices=list(DTYPES), default=['fp32'])
     text = 'contestants; by default all that serve on the device'
-    add('--names', text, nargs='+', choices=[*LAYERS, *MODELS])
+    names = [name for part in PARTS.values() for name in part.names]
+    add('--names', text, nargs='+', choices=names)
     add('--device', choices=['cpu', 'cuda'], default='cpu')
     add('--threads', type=int, default=torch.get_num_threads())
     add('--repeats', 'rounds (default: 7, or 4 of --short)', type=int)
@@ -543,7 +685,8 @@ def parse_args(argv=None):
         args.repeats = 4 if args.short else 7
     args.memory_from = 0
     if args.short:
-        args.grids, args.cases, args.memory_from = [14, 24, 32], cases[:3], 32**2
+        args.grids, args.memory_from = [14, 24, 32], 32**2
+        args.cases = args.cases or CASES['model'][:3]
     for text in args.cases:
         mode, *numbers = text.split(':')
         whole = len(numbers) == 2 and all(x.isdigit() and int(x) for x in numbers)

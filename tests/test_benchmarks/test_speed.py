@@ -45,13 +45,14 @@ def test_failing_process_is_told(tmp_path):
 @pytest.mark.parametrize('short', [False, True])
 def test_parts_have_cases_and_contestants(short):
     args = speed.parse_args(['--short'] if short else [])
-    assert args.part == list(speed.PARTS)
+    assert args.part == ['layer', 'model', 'start']
     for name, part in speed.PARTS.items():
-        assert part.floor in part.names
+        floors = set(map(part.floor, part.names)) if callable(part.floor) else None
+        assert (floors or {part.floor}) <= set(part.names)
         cases = part.cases(args)
         assert {case.part for case in cases} == {name}
         tokens = [case.tokens for case in cases if case.mode == 'infer']
-        assert tokens == sorted(tokens)
+        assert tokens == sorted(tokens), 'small ones first'
     assert args.repeats == (4 if short else 7)
 
 
@@ -85,3 +86,21 @@ def test_layer_part(tmp_path, capsys, monkeypatch):
         assert row['name'] != 'sdpa' or float(row['ratio']) == 1
     assert '**layer, train, 16 tokens' in capsys.readouterr().out
     assert (tmp_path / 'speed.png').exists()
+
+
+@pytest.mark.parametrize(
+    'name',
+    # timm comes with requirements/bench.txt alone
+    [
+        n
+        for p in ('positions', 'sparse')
+        for n in speed.PARTS[p].names
+        if 'timm' not in n
+    ],
+)
+def test_positions_and_masks_run(name):
+    """Each contestant of the two parts does its work once, on two patches."""
+    part = 'positions' if name in speed.PARTS['positions'].names else 'sparse'
+    for mode in ('infer', 'train'):
+        case = speed.Case(part, mode, 2, 1, 'fp32', 'cpu')
+        speed.PARTS[part].build(name, case)()
