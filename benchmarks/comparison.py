@@ -92,22 +92,26 @@ def values_table(heads: list[str], values: dict[str, list], corner: str) -> str:
     return '\n'.join(lines)
 
 
-def draw_differences(axis, rows: list[dict], unit: str = 'points') -> None:
+def draw_differences(axis, rows: list[dict]) -> None:
     """Each setting's difference to its baseline with the interval, and its mean."""
     names = []
     for place, row in enumerate(rows):
-        own = row['setting'] == row['against']
-        text = f'{row["mean"]:.1f}'
-        if row['std'] == row['std']:
-            text += f' ± {row["std"]:.1f}'
-        names.append(f'{row["setting"]}\n{text}')
-        wide = 0 if own else np.nan_to_num(row['interval'])
-        style = 'D' if own else 'o'
-        axis.errorbar(row['difference'], place, xerr=wide, fmt=style, capsize=3)
+        baseline = row['setting'] == row['against']
+        usual = row['against'] == rows[0]['against']
+        name = row['setting']
+        name += '' if baseline or usual else f' (to {row["against"]})'
+        mean = f'{row["mean"]:.1f}'
+        mean += '' if np.isnan(row['std']) else f' ± {row["std"]:.1f}'
+        names.append(f'{name}\n{mean}')
+        if baseline:
+            axis.plot(0, place, 'D', color='grey')
+        else:
+            wide = np.nan_to_num(row['interval'])
+            axis.errorbar(row['difference'], place, xerr=wide, fmt='oC0', capsize=3)
     axis.axvline(0, color='grey', linewidth=0.8)
     axis.set_yticks(range(len(rows)), names, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel(f'difference to its baseline, {unit}; 95 % interval')
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel('difference in points, 95 % interval')
 
 
 def draw_curves(axis, curves: dict[str, list[dict]]) -> None:

@@ -253,7 +253,7 @@ def report(title: str, study: dict, runs: list[Run], results: list, out: Path) -
     print(table(rows))
     write_csv(out / 'results.csv', rows)
     tests = list(runs[0].tests.values())
-    figure = new_figure(15 if tests else 10, 1.5 + 0.5 * max(5, len(rows)))
+    figure = new_figure(15 if tests else 10, 1.5 + 0.4 * max(6, len(rows)))
     axes = figure.subplots(1, 3 if tests else 2)
     draw_differences(axes[0], rows)
     draw_curves(axes[1], by_setting(runs, [result['curve'] for result in results]))
