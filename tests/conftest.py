@@ -8,8 +8,20 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
+from torch.utils.data import _utils
 
 import spvit_mm  # noqa: F401
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _quick():
+    """Little models are slower on several threads, and workers slow to end.
+
+    torch waits for this many seconds for each worker of an iterator that was left
+    before its end.
+    """
+    torch.set_num_threads(1)
+    _utils.MP_STATUS_CHECK_INTERVAL = 0.2
 
 
 @pytest.fixture(autouse=True)

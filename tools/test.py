@@ -3,30 +3,23 @@
 
 import mmengine
 from mmengine.dist import is_main_process
-from mmengine.evaluator import DumpResults
 
 from spvit_mm.apis import (
-    ArgumentParser,
-    add_test_arguments,
-    apply_test_options,
+    build_tester,
     load_config,
+    merge_test_args,
+    parse_test_args,
     run_cli,
-    run_test,
 )
 
 
 def main(argv: list) -> None:
-    parser = ArgumentParser(prog='test.py', description=__doc__)
-    add_test_arguments(parser)
-    args = parser.parse_args(argv)
-    cfg = load_config(args.config, args.cfg_options)
-    cfg = apply_test_options(cfg, args)
-
-    predictions = args.out is not None and args.out_item != 'metrics'
-    metrics = (DumpResults(out_file_path=args.out),) if predictions else ()
-    values = run_test(cfg, metrics)
+    args = parse_test_args(argv)
+    cfg = merge_test_args(load_config(args.config, args.cfg_options), args)
+    runner = build_tester(cfg, args)
+    metrics = runner.test()
     if args.out_item == 'metrics' and is_main_process():
-        mmengine.dump(values, args.out)
+        mmengine.dump(metrics, args.out)
 
 
 if __name__ == '__main__':

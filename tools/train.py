@@ -2,21 +2,19 @@
 """Train a model."""
 
 from spvit_mm.apis import (
-    ArgumentParser,
-    add_train_arguments,
-    apply_train_options,
+    build_trainer,
     load_config,
+    merge_train_args,
+    parse_train_args,
     run_cli,
-    run_training,
 )
 
 
 def main(argv: list) -> None:
-    parser = ArgumentParser(prog='train.py', description=__doc__)
-    add_train_arguments(parser)
-    args = parser.parse_args(argv)
-    cfg = load_config(args.config, args.cfg_options)
-    run_training(apply_train_options(cfg, args))
+    args = parse_train_args(argv)
+    cfg = merge_train_args(load_config(args.config, args.cfg_options), args)
+    runner = build_trainer(cfg, args)
+    runner.train()
 
 
 if __name__ == '__main__':

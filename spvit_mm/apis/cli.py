@@ -12,7 +12,7 @@ from typing import Optional
 import torch.distributed as dist
 from mmengine.config import DictAction
 
-from ..utils import CorruptImageError, UserError, describe_error
+from ..utils import UserError, describe_error
 
 TRACEBACK = 'SPVIT_MM_TRACEBACK'
 
@@ -31,7 +31,7 @@ def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         # One that a data-loading worker raised comes with the worker's traceback.
-        message = str(error).rsplit(f'{CorruptImageError.__name__}: ', 1)[-1]
+        message = str(error).rsplit(f'{type(error).__name__}: ', 1)[-1]
         print(f'{prog}: error: {message.strip()}', file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == 'gloo':
@@ -46,28 +46,26 @@ def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
 
 @contextmanager
 def building(what: str):
-    """Turn errors of building from a config into a UserError.
+    """Turn an error of building a part of a config into a UserError.
 
-    Set the environment variable SPVIT_MM_TRACEBACK to see where they were raised.
+    For the building alone, never for what the built part computes: an error in there
+    is ours, and keeps its traceback.
+
+    Args:
+        what (str): What is built, and of which config.
+
+    Raises:
+        UserError: In place of the error. Set the environment variable
+            SPVIT_MM_TRACEBACK to see where that was raised.
     """
     try:
         yield
     except UserError:
         raise
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        ImportError,
-        KeyError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:
-        reason = describe_error(error)
+    except Exception as error:  # the part is of any class, which can raise anything
         raise UserError(
-            f'{what}: {type(error).__name__}: {reason} (set {TRACEBACK}=1 to see '
-            'where this was raised)'
+            f'{what} cannot be built: {type(error).__name__}: {describe_error(error)} '
+            f'(set {TRACEBACK}=1 to see where this was raised)'
         ) from error
 
 
@@ -91,32 +89,4 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
         help='change entries of the config before all other options act on it: '
         'model.backbone.depth=12, key="[a,b]", key="[(a,b),(c,d)]" (quoted, without '
         'spaces)',
-    )
-
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that training and testing share."""
-    parser.add_argument('config', help='path of the config')
-    parser.add_argument(
-        '--work-dir',
-        help='where logs and checkpoints go (default: work_dir of the config, else '
-        './work_dirs/<name of the config>)',
-    )
-    parser.add_argument(
-        '--amp',
-        action='store_true',
-        help='automatic mixed precision; bfloat16 where there is no accelerator',
-    )
-    add_cfg_options(parser)
-    parser.add_argument(
-        '--no-pin-memory', action='store_true', help='no pinned memory for batches'
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='job launcher of a distributed run',
-    )
-    parser.add_argument(
-        '--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS
     )

@@ -48,7 +48,7 @@ def prepare(model: nn.Module, shape: tuple[int, int]) -> TensorMode:
         TensorMode: The model in evaluation mode, from images to logits.
 
     Raises:
-        ValueError: If the model was deployed for another grid.
+        UserError: If the model was deployed for another grid.
     """
     model = revert_sync_batchnorm(model)
     for module in list(model.modules()):
@@ -58,7 +58,12 @@ def prepare(model: nn.Module, shape: tuple[int, int]) -> TensorMode:
             image = torch.zeros(1, 3, *shape)
             with torch.no_grad():
                 _, grid = module.forward_stem(image)
-            module.switch_to_deploy(grid)
+            try:
+                module.switch_to_deploy(grid)
+            except ValueError as error:  # it was deployed before, for another grid
+                raise UserError(
+                    f'The model cannot take images of {shape[0]} x {shape[1]}: {error}'
+                ) from error
     return TensorMode(model).eval()
 
 

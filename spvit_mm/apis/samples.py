@@ -66,7 +66,7 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
     settings = cfg.test_dataloader.dataset
     samples = []
     if paths:
-        with building('The test pipeline cannot be built'):
+        with building('The test pipeline'):
             pipeline = Compose(settings.pipeline)
         loads = str(settings.pipeline[0]['type']).endswith('LoadImageFromFile')
         for path in paths:
@@ -80,7 +80,7 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
         return samples
     if count < 1:
         raise UserError(f'At least 1 image must be shown, got {count}.')
-    with building('The test data set cannot be built'):
+    with building('The test data set'):
         dataset = DATASETS.build(settings)
     count = min(count, len(dataset))
     for i in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist():

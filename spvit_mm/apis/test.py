@@ -1,4 +1,4 @@
-"""Testing by command line, with the options of mmpretrain's ``tools/test.py``."""
+"""Testing by command line: what lies between its options and ``runner.test()``."""
 
 import argparse
 import inspect
@@ -6,25 +6,32 @@ import os.path as osp
 from copy import deepcopy
 
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import HOOKS, init_default_scope
+from mmengine.evaluator import DumpResults
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from mmpretrain.engine import VisualizationHook
 
-from ..engine.data_checks import building_data
+from ..engine.hooks import DataCheckHook, LoadReportHook
 from ..utils import UserError
-from .cli import add_common_arguments
-from .configs import (
+from .cli import ArgumentParser
+from .configs import check_checkpoint, scope_of
+from .runner import (
+    add_common_arguments,
     add_hook,
-    apply_common,
+    build_loop,
     build_runner,
-    check_checkpoint,
-    scope_of,
+    hook_class,
+    merge_common_args,
     set_dataloader_defaults,
     show_progress,
 )
 
 
-def add_test_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of testing."""
+def parse_test_args(argv: list) -> argparse.Namespace:
+    """Parse the options of testing."""
+    parser = ArgumentParser(
+        prog='test.py', description='Test (and evaluate) a checkpoint.'
+    )
     add_common_arguments(parser)
     parser.add_argument('checkpoint', help='path or address of the checkpoint')
     parser.add_argument(
@@ -58,64 +65,17 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='test a checkpoint that fits the model only in part',
     )
+    return parser.parse_args(argv)
 
 
-def _set_visualization(cfg: Config, args) -> None:
-    """Switch on the visualization hook, mmsegmentation's or ours for mmpretrain's."""
-    if args.interval < 1:
-        raise UserError(f'--interval must be 1 or more, got {args.interval}.')
-    hook = (cfg.get('default_hooks') or {}).get('visualization')
-    if hook is None:
-        raise UserError(
-            '--show and --show-dir need a visualization hook in the config: '
-            "default_hooks=dict(visualization=dict(type='VisualizationHook')), or "
-            "'SegVisualizationHook' for segmentation."
-        )
-    hook_class = hook.type
-    if isinstance(hook_class, str):
-        with HOOKS.switch_scope_and_registry(scope_of(cfg)) as registry:
-            hook_class = registry.get(hook_class)
-    if hook_class is None:
-        raise UserError(f'The visualization hook {hook.type} is not registered.')
-    if hook_class is VisualizationHook:
-        hook.type = 'mmpretrain.ClsVisualizationHook'
-    known = inspect.signature(hook_class).parameters
-    hook['enable' if 'enable' in known else 'draw'] = True
-    hook.show = args.show
-    hook.wait_time = args.wait_time
-    hook.interval = args.interval
-    if args.show_dir is None:
-        return
-    if 'out_dir' in known:
-        hook.out_dir = args.show_dir
-    else:
-        cfg.visualizer.save_dir = args.show_dir
-
-
-def _set_tta(cfg: Config) -> None:
-    """Wrap the model for test-time augmentation and set its pipeline."""
-    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
-        if scope_of(cfg) != 'mmpretrain':
-            raise UserError('--tta needs tta_model and tta_pipeline in the config.')
-        *load, pack = cfg.test_dataloader.dataset.pipeline
-        flips = [{'type': 'RandomFlip', 'prob': p} for p in (1.0, 0.0)]
-        cfg.setdefault('tta_model', {'type': 'AverageClsScoreTTA'})
-        cfg.setdefault(
-            'tta_pipeline',
-            [*load, {'type': 'TestTimeAug', 'transforms': [flips, [pack]]}],
-        )
-    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    cfg.test_dataloader.dataset.pipeline = deepcopy(cfg.tta_pipeline)
-
-
-def apply_test_options(cfg: Config, args) -> Config:
+def merge_test_args(cfg: Config, args: argparse.Namespace) -> Config:
     """Apply the parsed options of testing to a config, in place.
 
     Raises:
         UserError: For options that do not fit the config or each other.
     """
     needed = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
-    apply_common(cfg, args, needed)
+    merge_common_args(cfg, args, needed)
     init_default_scope(scope_of(cfg))
     check_checkpoint(args.checkpoint)
     cfg.load_from = args.checkpoint
@@ -149,24 +109,72 @@ def apply_test_options(cfg: Config, args) -> Config:
     if args.tta:
         _set_tta(cfg)
     set_dataloader_defaults(cfg, args, ('test_dataloader',))
-    add_hook(cfg, 'LoadReportHook', partial='warn' if args.allow_partial else 'error')
-    add_hook(cfg, 'DataCheckHook')
+    add_hook(cfg, LoadReportHook, partial='warn' if args.allow_partial else 'error')
+    add_hook(cfg, DataCheckHook)
     return cfg
 
 
-def run_test(cfg: Config, metrics: tuple = ()) -> dict:
-    """Test what a config describes, its data set checked first.
+def _set_visualization(cfg: Config, args) -> None:
+    """Switch on the visualization hook, mmsegmentation's or ours for mmpretrain's."""
+    if args.interval < 1:
+        raise UserError(f'--interval must be 1 or more, got {args.interval}.')
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    if hook is None:
+        raise UserError(
+            '--show and --show-dir need a visualization hook in the config: '
+            "default_hooks=dict(visualization=dict(type='VisualizationHook')), or "
+            "'SegVisualizationHook' for segmentation."
+        )
+    kind = hook_class(cfg, hook)
+    if kind is None:
+        raise UserError(f'The visualization hook {hook.type} is not registered.')
+    if kind is VisualizationHook:
+        hook.type = 'mmpretrain.ClsVisualizationHook'
+    known = inspect.signature(kind).parameters
+    hook['enable' if 'enable' in known else 'draw'] = True
+    hook.show = args.show
+    hook.wait_time = args.wait_time
+    hook.interval = args.interval
+    if args.show_dir is None:
+        return
+    if 'out_dir' in known:
+        hook.out_dir = args.show_dir
+    else:
+        cfg.visualizer.save_dir = args.show_dir
+
+
+def _set_tta(cfg: Config) -> None:
+    """Wrap the model for test-time augmentation and set its pipeline."""
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        if scope_of(cfg) != 'mmpretrain':
+            raise UserError('--tta needs tta_model and tta_pipeline in the config.')
+        *load, pack = cfg.test_dataloader.dataset.pipeline
+        flips = [{'type': 'RandomFlip', 'prob': p} for p in (1.0, 0.0)]
+        cfg.setdefault('tta_model', {'type': 'AverageClsScoreTTA'})
+        cfg.setdefault(
+            'tta_pipeline',
+            [*load, {'type': 'TestTimeAug', 'transforms': [flips, [pack]]}],
+        )
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = deepcopy(cfg.tta_pipeline)
+
+
+def build_tester(cfg: Config, args: argparse.Namespace) -> Runner:
+    """Build the runner of a config and what it tests with.
 
     Args:
-        cfg (Config): The config, its ``load_from`` the checkpoint.
-        metrics (tuple): Metrics to put beside those of the config.
+        cfg (Config): The config, the options applied to it.
+        args (argparse.Namespace): The parsed options.
 
     Returns:
-        dict: The values of the metrics.
+        Runner: The runner, ready for ``test()``.
+
+    Raises:
+        UserError: For a mistake in the config.
     """
     runner = build_runner(cfg)
-    with building_data(cfg.test_dataloader, 'test'):
-        loop = runner.test_loop
-    show_progress(runner, loop.dataloader)
-    loop.evaluator.metrics.extend(metrics)
-    return runner.test()
+    loop = build_loop(runner, 'test', 'test')
+    show_progress(runner, loop)
+    if args.out is not None and args.out_item != 'metrics':
+        loop.evaluator.metrics.append(DumpResults(out_file_path=args.out))
+    return runner

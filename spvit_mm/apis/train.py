@@ -1,21 +1,25 @@
-"""Training by command line, with the options of mmpretrain's ``tools/train.py``."""
+"""Training by command line: what lies between its options and ``runner.train()``."""
 
 import argparse
 import os.path as osp
 from glob import escape, glob
+from typing import Optional
 
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from ..engine.data_checks import building_data
+from ..engine.hooks import DataCheckHook, LoadReportHook
 from ..utils import UserError
-from .cli import add_common_arguments, building
-from .configs import (
+from .cli import ArgumentParser, building
+from .configs import check_checkpoint
+from .runner import (
+    add_common_arguments,
     add_hook,
-    apply_common,
+    build_loop,
     build_runner,
-    check_checkpoint,
+    merge_common_args,
     set_dataloader_defaults,
     show_progress,
 )
@@ -24,8 +28,9 @@ from .configs import (
 SCALING_DEVICES = ('cuda', 'npu', 'mlu', 'musa')
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of training."""
+def parse_train_args(argv: list) -> argparse.Namespace:
+    """Parse the options of training."""
+    parser = ArgumentParser(prog='train.py', description='Train a model.')
     add_common_arguments(parser)
     parser.add_argument(
         '--resume',
@@ -55,82 +60,17 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help='leave out training images that cannot be read, naming them in the log '
         '(default: end with the name of the first)',
     )
+    return parser.parse_args(argv)
 
 
-def _set_precision(wrapper: dict, amp: bool) -> None:
-    """Choose the optimizer wrapper of mixed precision that the machine has."""
-    kind = wrapper.get('type', 'OptimWrapper')
-    if amp and kind == 'OptimWrapper':
-        kind = 'AmpOptimWrapper'
-        wrapper.setdefault('loss_scale', 'dynamic')
-    elif amp and kind not in ('AmpOptimWrapper', 'mmpretrain.BFloat16OptimWrapper'):
-        raise UserError(
-            f'--amp works with OptimWrapper and AmpOptimWrapper, and the config has '
-            f'{kind}. Set optim_wrapper.type in the config.'
-        )
-    if kind == 'AmpOptimWrapper' and get_device() not in SCALING_DEVICES:
-        print(
-            f'Mixed precision on {get_device()}: bfloat16 autocast without loss '
-            'scaling (BFloat16OptimWrapper).'
-        )
-        kind = 'mmpretrain.BFloat16OptimWrapper'
-        wrapper.pop('loss_scale', None)
-        wrapper.pop('dtype', None)
-    wrapper['type'] = kind
-
-
-def find_resume_checkpoint(work_dir: str) -> str:
-    """The latest checkpoint of a work dir.
-
-    Args:
-        work_dir (str): A folder in which a training ran.
-
-    Returns:
-        str: The path of the checkpoint. Where the folder has been moved since, the
-        file of the same name in it.
-
-    Raises:
-        UserError: If there is none; it says where was looked and what to do.
-    """
-    pointer = osp.join(work_dir, 'last_checkpoint')
-    there = sorted(glob(osp.join(escape(work_dir), '*.pth')))
-    choices = (
-        f' Checkpoints in that folder: {", ".join(map(osp.basename, there[-5:]))}; '
-        'name one with --resume PATH.'
-        if there
-        else ''
-    )
-    if not osp.isfile(pointer):
-        raise UserError(
-            f'There is nothing to resume: {pointer} does not exist.{choices} Leave out '
-            '--resume to start a new training, or give the --work-dir of the one to '
-            'resume.'
-        )
-    with open(pointer) as file:
-        path = file.read().strip()
-    if not path:
-        raise UserError(
-            f'{pointer}, which names the latest checkpoint, is empty.{choices}'
-        )
-    moved = osp.join(work_dir, osp.basename(path))
-    if '://' not in path and not osp.exists(path) and osp.isfile(moved):
-        return moved
-    if '://' not in path and not osp.isfile(path):
-        raise UserError(
-            f'{pointer} names {path}, which does not exist.{choices} Leave out --resume '
-            'to start a new training.'
-        )
-    return path
-
-
-def apply_train_options(cfg: Config, args) -> Config:
+def merge_train_args(cfg: Config, args: argparse.Namespace) -> Config:
     """Apply the parsed options of training to a config, in place.
 
     Raises:
         UserError: For options that do not fit the config or the machine.
     """
     needed = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
-    apply_common(cfg, args, needed)
+    merge_common_args(cfg, args, needed)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     _set_precision(cfg.optim_wrapper, args.amp)
@@ -142,27 +82,150 @@ def apply_train_options(cfg: Config, args) -> Config:
             )
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
-        cfg.resume = True
-        if args.resume == 'auto':
-            cfg.load_from = find_resume_checkpoint(cfg.work_dir)
-        else:
-            cfg.load_from = args.resume
+        found = args.resume
+        if found == 'auto':
+            found = find_resume_checkpoint(cfg.work_dir)
+        # A new training starts from the weights of the config, if it names any.
+        cfg.resume = found is not None
+        cfg.load_from = found or cfg.get('load_from')
     if cfg.get('load_from'):
         check_checkpoint(cfg.load_from)
     set_dataloader_defaults(cfg, args, ('train_dataloader', 'val_dataloader'))
-    add_hook(cfg, 'LoadReportHook')
+    add_hook(cfg, LoadReportHook)
     corrupt = {'corrupt_images': 'skip'} if args.skip_corrupt_images else {}
-    add_hook(cfg, 'DataCheckHook', **corrupt)
+    add_hook(cfg, DataCheckHook, **corrupt)
     return cfg
 
 
-def warn_of_checkpoints(runner) -> None:
-    """Warn of an earlier training's checkpoints, which a new one overwrites.
+def _set_precision(wrapper: dict, amp: bool) -> None:
+    """Choose the optimizer wrapper of mixed precision that the machine has."""
+    kind = wrapper.get('type', 'OptimWrapper')
+    name = kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
+    if amp and name not in ('OptimWrapper', 'AmpOptimWrapper', 'BFloat16OptimWrapper'):
+        raise UserError(
+            '--amp works with OptimWrapper and AmpOptimWrapper, and the config has '
+            f'{name}. Set optim_wrapper.type in the config.'
+        )
+    if amp and name == 'OptimWrapper':
+        name = wrapper['type'] = 'AmpOptimWrapper'
+        wrapper.setdefault('loss_scale', 'dynamic')
+    if name == 'AmpOptimWrapper' and get_device() not in SCALING_DEVICES:
+        print(
+            f'Mixed precision on {get_device()}: bfloat16 autocast without loss '
+            'scaling (BFloat16OptimWrapper).'
+        )
+        wrapper['type'] = 'mmpretrain.BFloat16OptimWrapper'
+        wrapper.pop('loss_scale', None)
+        wrapper.pop('dtype', None)
+
+
+def find_resume_checkpoint(work_dir: str) -> Optional[str]:
+    """The latest checkpoint of a work dir.
+
+    A job that is started again and again with ``--resume`` finds none at first, and
+    so starts a new training. Where there are checkpoints, or was one, and the latest
+    cannot be told, a new training would lose them: that is an error.
+
+    Args:
+        work_dir (str): A folder in which a training ran, or will.
+
+    Returns:
+        str | None: The path of the checkpoint. Where the folder has been moved since,
+        the file of the same name in it. None where no training has left a checkpoint
+        to resume; the best one (``best_*.pth``) has no optimizer state.
+
+    Raises:
+        UserError: If ``last_checkpoint`` is absent beside checkpoints, is empty, or
+            names a file that does not exist.
+    """
+    pointer = osp.join(work_dir, 'last_checkpoint')
+    names = sorted(map(osp.basename, glob(osp.join(escape(work_dir), '*.pth'))))
+    names = [name for name in names if not name.startswith('best_')]
+    if not osp.isfile(pointer):
+        if not names:
+            return None
+        problem = f'{pointer}, which names the latest checkpoint, does not exist'
+    else:
+        with open(pointer) as file:
+            path = file.read().strip()
+        moved = osp.join(work_dir, osp.basename(path))
+        if '://' in path or osp.isfile(path):
+            return path
+        if path and osp.isfile(moved):
+            return moved
+        named = f'names {path}, which does not exist' if path else 'is empty'
+        problem = f'{pointer}, which names the latest checkpoint, {named}'
+    there = f'that folder holds {", ".join(names[-5:])}; ' if names else ''
+    raise UserError(
+        f'{problem}: {there}name a checkpoint with --resume PATH, or choose another '
+        '--work-dir or leave out --resume to start a new training.'
+    )
+
+
+def build_trainer(cfg: Config, args: argparse.Namespace) -> Runner:
+    """Build the runner of a config and all that it trains with.
+
+    mmengine builds data, optimizer and schedulers within ``runner.train()``, where a
+    mistake in the config would end in its stack. It leaves alone what is built.
+
+    Args:
+        cfg (Config): The config, the options applied to it.
+        args (argparse.Namespace): The parsed options.
+
+    Returns:
+        Runner: The runner, ready for ``train()``.
+
+    Raises:
+        UserError: For a mistake in the config, and for data that makes no batch.
+    """
+    runner = build_runner(cfg)
+    loop = build_loop(runner, 'train', 'training')
+    endless = isinstance(loop.dataloader.sampler, InfiniteSampler)
+    if loop.max_iters == 0 or (len(loop.dataloader) == 0 and not endless):
+        raise UserError(
+            'There is nothing to train: the training data makes no batch of '
+            f'{cfg.train_dataloader.get("batch_size")}. Lower the batch size or set '
+            'drop_last=False.'
+        )
+    show_progress(runner, loop)
+    if cfg.get('val_cfg') is not None:
+        build_loop(runner, 'val', 'validation')
+    if isinstance(runner, Runner):  # others, such as FlexibleRunner, have other parts
+        _build_optimizer(runner)
+    _warn_of_start(runner, args)
+    return runner
+
+
+def _build_optimizer(runner: Runner) -> None:
+    """Build the optimizer and the schedulers of a runner, in the order of train()."""
+    name = runner.cfg.filename
+    with building(f'optim_wrapper of {name}'):
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    # Before the schedulers, which keep the first learning rate; and only once.
+    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+    runner.auto_scale_lr = None
+    if runner.param_schedulers is not None:
+        with building(
+            f'param_scheduler of {name} (its warm-up must end before train_cfg does)'
+        ):
+            runner.param_schedulers = runner.build_param_scheduler(
+                runner.param_schedulers
+            )
+
+
+def _warn_of_start(runner: Runner, args: argparse.Namespace) -> None:
+    """Warn of a new training where the work dir or the options speak of another.
 
     Running again into the same folder is usual, so it is no error.
     """
+    if runner.cfg.get('resume'):
+        return
     paths = sorted(glob(osp.join(escape(runner.work_dir), '*.pth')), key=osp.getmtime)
-    if paths and not runner.cfg.get('resume'):
+    if args.resume is not None:
+        runner.logger.warning(
+            f'There is nothing to resume in {runner.work_dir}: a new training starts.'
+        )
+    elif paths:
         shown = ['...'] * (len(paths) > 3) + [osp.basename(path) for path in paths[-3:]]
         runner.logger.warning(
             f'{runner.work_dir} holds checkpoints of an earlier training '
@@ -170,35 +233,3 @@ def warn_of_checkpoints(runner) -> None:
             'same name. To keep them, stop it and continue with --resume or choose '
             'another --work-dir.'
         )
-
-
-def run_training(cfg: Config) -> Runner:
-    """Train what a config describes, its data sets checked first.
-
-    Returns:
-        Runner: The runner, after training.
-    """
-    runner = build_runner(cfg)
-    with building_data(cfg.train_dataloader, 'training'):
-        loop = runner.train_loop
-    if runner._val_loop is not None:
-        with building_data(cfg.val_dataloader, 'validation'):
-            runner.val_loop  # noqa: B018 (a property that builds)
-    show_progress(runner, loop.dataloader)
-    if loop.max_iters == 0:
-        raise UserError(
-            'There is nothing to train: the training data makes no batch of '
-            f'{cfg.train_dataloader.get("batch_size")}. Lower the batch size or set '
-            'drop_last=False.'
-        )
-    # Built inside runner.train(), where a mistake would end in its stack.
-    hints = {
-        'optim_wrapper': '',
-        'param_scheduler': ' (its warm-up must end before train_cfg does)',
-    }
-    for part, hint in hints.items():
-        build = building(f'{part} of {cfg.filename} cannot be built{hint}')
-        setattr(runner, f'build_{part}', build(getattr(runner, f'build_{part}')))
-    warn_of_checkpoints(runner)
-    runner.train()
-    return runner

@@ -12,7 +12,7 @@ from mmengine.utils import ProgressBar
 from mmpretrain.datasets import CustomDataset
 from torch.utils.data import DataLoader, Subset
 
-from ..utils import LabelMapError, new_figure, whole_file
+from ..utils import LabelMapError, UserError, new_figure, whole_file
 from .token_labels import (
     INFO_FILE,
     find_label_maps,
@@ -36,13 +36,13 @@ class DenseTeacher:
             mode and its backbone asked for its feature map.
 
     Raises:
-        ValueError: If it is no such classifier, with the reason.
+        UserError: If it is no such classifier, with the reason.
     """
 
     def __init__(self, model):
         for name in ('backbone', 'head', 'data_preprocessor'):
             if getattr(model, name, None) is None:
-                raise ValueError(
+                raise UserError(
                     f'The teacher, a {type(model).__name__}, has no `{name}`; an image '
                     'classifier of mmpretrain is needed.'
                 )
@@ -65,7 +65,7 @@ class DenseTeacher:
         if isinstance(feat, (tuple, list)):
             feat = feat[0]
         if feat.ndim != 4:
-            raise ValueError(
+            raise UserError(
                 f'The teacher {type(self.model.backbone).__name__} gives features of '
                 f'shape {tuple(feat.shape)}, which keep no places. Take one with a '
                 'feature map: a CNN, Swin, or a ViT with `out_type`.'
@@ -130,22 +130,22 @@ def generate_token_labels(
         Dict[str, int]: How many maps were ``written`` and how many ``kept``.
 
     Raises:
-        ValueError: Before the first image, for bad arguments, a teacher of
+        UserError: Before the first image, for bad arguments, a teacher of
             another number of classes than there are class folders, or maps in
             ``label_root`` that were made otherwise.
     """
     for name, value in (('size', size), ('top_k', top_k), ('batch_size', batch_size)):
         if value < 1:
-            raise ValueError(f'`{name}` must be at least 1, got {value}.')
+            raise UserError(f'`{name}` must be at least 1, got {value}.')
     if not osp.isdir(image_root):
-        raise ValueError(f'The folder of images {image_root!r} does not exist.')
+        raise UserError(f'The folder of images {image_root!r} does not exist.')
     if osp.exists(label_root) and not osp.isdir(label_root):
-        raise ValueError(f'{label_root!r} is a file; give a folder for the label maps.')
+        raise UserError(f'{label_root!r} is a file; give a folder for the label maps.')
 
     num_classes = model.head.num_classes
     classes = _class_folders(image_root)
     if classes and len(classes) != num_classes:
-        raise ValueError(
+        raise UserError(
             f'The teacher knows {num_classes} classes, but {image_root} has '
             f'{len(classes)} class folders ({", ".join(classes[:3])}, ...). Its class '
             'ids would not be those of the folder: train the teacher on it first.'
@@ -233,13 +233,13 @@ def _open_label_root(label_root, settings):
                 f'{key}: {found.get(key)!r} there, {settings[key]!r} now'
                 for key in differing
             )
-            raise ValueError(
+            raise UserError(
                 f'The label maps in {label_root} were made otherwise ({listed[:500]}). '
                 'Give another folder, so that maps of two kinds are not mixed.'
             )
         return
     if osp.isdir(label_root) and find_label_maps(label_root):
-        raise ValueError(
+        raise UserError(
             f'{label_root} holds .pt files, but no {INFO_FILE} that says how they were '
             'made. Give a new folder, so that they are neither mixed nor lost.'
         )

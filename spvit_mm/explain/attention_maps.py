@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
-from ..utils import new_figure
+from ..utils import UserError, new_figure
 from .recording import layer_name, record_attention
 
 
@@ -47,19 +47,19 @@ def query_attention(model, image, query: tuple[int, int]):
         List[QueryAttention]: One of each layer.
 
     Raises:
-        ValueError: If the patch lies outside the grid, or the grid is unknown.
+        UserError: If the patch lies outside the grid, or the grid is unknown.
     """
     with record_attention(model) as recording:
         model(image)
     if recording.grid is None:
-        raise ValueError(
+        raise UserError(
             f'{type(model).__name__} does not tell its grid: it has no `patch_embed` '
             'that returns tokens and grid.'
         )
     height, width = recording.grid
     row, column = query
     if not (0 <= row < height and 0 <= column < width):
-        raise ValueError(
+        raise UserError(
             f'`query` must be a row in 0..{height - 1} and a column in '
             f'0..{width - 1}, the grid of this image, got {tuple(query)}.'
         )

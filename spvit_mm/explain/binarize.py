@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from ..models import SpatialPriorAttention
 from ..ops import check_keep, expand_prior, spatial_prior_attention
+from ..utils import UserError
 from .recording import record_attention
 
 CRITERIA = ('offsets', 'mass')
@@ -44,7 +45,7 @@ class BinarizedAttention(nn.Module):
 
     def forward(self, x, hw_shape, omega=None):
         if tuple(hw_shape) != self.hw:
-            raise ValueError(
+            raise UserError(
                 f'The masks are for a grid of {self.hw[0]} x {self.hw[1]} patches, and '
                 f'the image has {hw_shape[0]} x {hw_shape[1]}. Binarise for that grid.'
             )
@@ -95,14 +96,14 @@ def offset_mass(model, batches):
         name of its attention, and the grid.
 
     Raises:
-        ValueError: If there is no SP-SA layer, or images differ in size.
+        UserError: If there is no SP-SA layer, or images differ in size.
     """
     masses, tables, grid = {}, {}, None
     with record_attention(model) as recording:
         for images in batches:
             model(images)
             if grid not in (None, recording.grid):
-                raise ValueError('All images must have one size to be binarised for.')
+                raise UserError('All images must have one size to be binarised for.')
             grid = recording.grid
             for m in recording.maps:
                 if m.kind != 'prior':
@@ -112,7 +113,7 @@ def offset_mass(model, batches):
                 masses[m.name] = masses.get(m.name, 0) + fold_pairs(pairs, grid)
                 tables[m.name] = pick_offsets(m.position[0, :, extra:, extra:], grid)
     if not masses:
-        raise ValueError(
+        raise UserError(
             f'{type(model).__name__} has no SP-SA layer, or no image was given: there '
             'is no prior to binarise.'
         )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..models import SpatialPrior
-from ..utils import figure_to_image, new_figure
+from ..utils import UserError, figure_to_image, new_figure
 
 
 class PriorMap(NamedTuple):
@@ -37,7 +37,7 @@ def collect_priors(model, hw=None):
         the whole network shares its prior.
 
     Raises:
-        ValueError: If there is no spatial prior in the model, or no grid is
+        UserError: If there is no spatial prior in the model, or no grid is
             known.
     """
     maps = []
@@ -46,7 +46,7 @@ def collect_priors(model, hw=None):
             continue
         grid = hw or module.grid
         if grid is None:
-            raise ValueError(
+            raise UserError(
                 f'`hw` is needed: the prior {name!r} does not know its grid.'
             )
         parts = name.split('.')
@@ -55,7 +55,7 @@ def collect_priors(model, hw=None):
             layer = f'layer {int(parts[parts.index("layers") + 1]) + 1}'
         maps.append(PriorMap(layer, module(grid).float().cpu().numpy()))
     if not maps:
-        raise ValueError(
+        raise UserError(
             f'{type(model).__name__} has no spatial prior: no SP-SA layer (is '
             '`num_spsa_layers` 0 in its config?), so there is nothing to show.'
         )
@@ -147,11 +147,11 @@ def animate_priors(steps, title='', dpi=80):
         :func:`write_gif` writes them.
 
     Raises:
-        ValueError: If there are fewer than two steps, or their layers, heads or
+        UserError: If there are fewer than two steps, or their layers, heads or
             grids differ.
     """
     if len(steps) < 2:
-        raise ValueError(
+        raise UserError(
             f'An animation needs two checkpoints or more, got {len(steps)}.'
         )
     shapes = {
@@ -160,7 +160,7 @@ def animate_priors(steps, title='', dpi=80):
     first = next(iter(shapes))
     for name, found in shapes.items():
         if found != shapes[first]:
-            raise ValueError(
+            raise UserError(
                 f'The priors of {first} and {name} differ in layers, heads or grid: '
                 'give checkpoints of one training.'
             )

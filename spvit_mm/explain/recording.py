@@ -22,6 +22,7 @@ from ..models import (
 )
 from ..models.attention import GridAttention
 from ..ops import expand_prior
+from ..utils import UserError
 
 
 @dataclass
@@ -83,7 +84,7 @@ def attention_terms(module, q, content, hw, omega):
         Tuple: ``position``, ``kind``, ``scores`` and ``weights`` of
         :class:`AttentionMap`.
     """
-    raise ValueError(
+    raise UserError(
         f'The attention {type(module).__name__} is not known to record_attention. '
         'Register it with spvit_mm.explain.attention_terms.register.'
     )
@@ -163,7 +164,7 @@ def record_attention(model):
         Recording: Filled by each forward, and emptied before the next.
 
     Raises:
-        ValueError: If there is no attention in the model that can be recorded.
+        UserError: If there is no attention in the model that can be recorded.
 
     Example:
         >>> with record_attention(model) as recording:
@@ -177,7 +178,7 @@ def record_attention(model):
         if isinstance(module, MultiheadAttention)
     }
     if not attentions:
-        raise ValueError(
+        raise UserError(
             f'{type(model).__name__} has no attention to record: no '
             'MultiheadAttention of mmpretrain, and none of spvit_mm.'
         )

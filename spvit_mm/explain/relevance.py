@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..utils import UserError
 from .recording import record_attention
 
 METHODS = ('gradient', 'rollout', 'gradcam')
@@ -23,16 +24,16 @@ def class_scores(model, inputs):
     """Logits (B, classes) of normalized images (B, 3, h, w), differentiable.
 
     Raises:
-        ValueError: If the model is no classifier.
+        UserError: If the model is no classifier.
     """
     if not hasattr(model, 'backbone') or not hasattr(model, 'head'):
-        raise ValueError(
+        raise UserError(
             f'Relevance needs an image classifier with backbone and head, got '
             f'{type(model).__name__}.'
         )
     scores = model(inputs, mode='tensor')
     if not isinstance(scores, torch.Tensor) or scores.dim() != 2:
-        raise ValueError(
+        raise UserError(
             f'The head {type(model.head).__name__} gives no (B, classes) scores in '
             "mode='tensor', so there is no class to explain."
         )
@@ -129,7 +130,7 @@ def _targets(scores, targets):
     if len(targets) != len(scores) or not (
         (targets >= 0).all() and (targets < scores.shape[1]).all()
     ):
-        raise ValueError(
+        raise UserError(
             f'`targets` must be a class in 0..{scores.shape[1] - 1} for each of the '
             f'{len(scores)} images, got {targets.tolist()}.'
         )

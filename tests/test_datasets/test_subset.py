@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmpretrain.registry import DATASETS
 from PIL import Image
 
-from spvit_mm.engine.data_checks import building_data
+from spvit_mm.apis import building
 from spvit_mm.utils import UserError
 
 CONFIG = 'configs/classification/sp-deit-tiny_4xb256_in100.py'
@@ -132,5 +132,5 @@ def test_the_command_line_names_the_missing_class(tmp_path):
         )
     )
     message = 'no sub-folder for 1 of the 2 .*: cow'
-    with pytest.raises(UserError, match=message), building_data(cfg, 'training'):
+    with pytest.raises(UserError, match=message), building('train_dataloader'):
         DATASETS.build(cfg['dataset'])

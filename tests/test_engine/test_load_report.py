@@ -8,7 +8,8 @@ import torch
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from spvit_mm.engine import LoadReportHook, UserError
+from spvit_mm.engine.hooks import LoadReportHook
+from spvit_mm.utils import UserError
 
 
 class Resizing(nn.Module):
@@ -63,10 +64,10 @@ def test_partial(tmp_path):
     state['neck.weight'] = torch.ones(1)
     (message,) = load(tmp_path, Model(), state)
     assert '4 of the 7 parameters and buffers' in message
-    assert '1 are missing in it: norm.weight.' in message
-    assert 'head.weight (5, 4) there and (3, 4) in the model' in message
-    assert 'head.bias (5,) there and (3,) in the model' in message
-    assert 'unknown to the model: neck.weight.' in message
+    assert '1 missing in it: norm.weight;' in message
+    assert '2 that do not fit: size mismatch for head.weight: ' in message
+    assert 'shape torch.Size([5]) from checkpoint, ' in message
+    assert '1 unknown to the model: neck.weight.' in message
     with pytest.raises(UserError, match='--allow-partial'):
         load(tmp_path, Model(), state, partial='error')
     with pytest.raises(UserError, match='cannot be resumed'):
@@ -78,7 +79,9 @@ def test_nothing(tmp_path):
     state['stem.table'] = torch.ones(3)  # too short to be made to fit
     with pytest.raises(UserError, match='0 of the 7') as error:
         load(tmp_path, Model(), state)
-    assert 'layer9 ... and 15 more' in str(error.value)
+    assert '25 unknown to the model: layer0, layer1,' in str(error.value)
+    assert str(error.value).count('layer') == 10
+    assert 'size mismatch for stem.table' in str(error.value)
 
 
 def test_argument():

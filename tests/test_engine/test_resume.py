@@ -118,7 +118,7 @@ def test_checkpoint_without_state(data, tmp_path):
 
 def test_workers_draw_anew_every_epoch(data, tmp_path):
     """mmengine's own seeding of workers repeats itself every epoch."""
-    from spvit_mm.engine.random_state import WorkerSeeder
+    from spvit_mm.engine.hooks.worker_seeder import WorkerSeeder
 
     seeder = WorkerSeeder(None, None, seed=0, rank=0, batches_per_pass=5)
     seen = {}

@@ -121,7 +121,7 @@ def test_segmentation(tmp_path, capsys):
         capsys, 'train.py', config, '--work-dir', tmp_path / 'w', '--cfg-options',
         f'train_dataloader.dataset.data_root={empty}',
     )  # fmt: skip
-    assert f'{empty}/images does not exist' in line
+    assert f"No such file or directory: '{empty}/images'" in line
 
 
 def test_spvit_takes_images_of_any_shape(tmp_path):

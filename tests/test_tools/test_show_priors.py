@@ -53,7 +53,7 @@ def test_draws_for_another_grid(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        (('nowhere.py', 'x.pth'), 'The config nowhere.py does not exist'),
+        (('nowhere.py', 'x.pth'), 'The config nowhere.py cannot be read'),
         ((CONFIG, 'nowhere.pth'), 'The checkpoint nowhere.pth does not exist'),
         ((CONFIG, str(ROOT)), 'is a folder'),
     ],

@@ -79,16 +79,15 @@ def main(argv: list) -> None:
         if not cfg.get(name):
             raise UserError(f'The config {args.config} has no {name}.')
     model.to(get_device())
-    with building('The data cannot be loaded'):
+    with building(f'The data of {args.config}'):
         test = Runner.build_dataloader(deepcopy(cfg.test_dataloader), seed=0)
         train = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
     set_random_seed(0)  # for the augmentation of the images below
-    with building('No priors to binarise'):
-        images = (
-            model.data_preprocessor(batch, False)['inputs']
-            for batch, _ in zip(train, range(args.mass_batches), strict=False)
-        )
-        masses, grid = offset_mass(model, images)
+    images = (
+        model.data_preprocessor(batch, False)['inputs']
+        for batch, _ in zip(train, range(args.mass_batches), strict=False)
+    )
+    masses, grid = offset_mass(model, images)
 
     header = ['keep', 'offsets', 'mass', 'accuracy']
     header += ['finetuned'] if args.finetune else []

@@ -10,7 +10,6 @@ from mmengine.analysis import get_model_complexity_info
 from spvit_mm.apis import (
     ArgumentParser,
     build_model,
-    building,
     image_shape,
     load_config,
     run_cli,
@@ -35,10 +34,9 @@ def main(argv: list) -> None:
     cfg = load_config(args.config)
     shape = (3, *image_shape(cfg, args.shape))
     model = build_model(cfg).eval()
-    with building(f'The model cannot take an image of shape {shape}'):
-        info = get_model_complexity_info(
-            model, shape, show_table=args.detail, show_arch=False
-        )
+    info = get_model_complexity_info(
+        model, shape, show_table=args.detail, show_arch=False
+    )
     if args.detail:
         print(info['out_table'])
     print(f'Input shape: {shape}')

@@ -4,7 +4,6 @@ from mmpretrain import get_model
 
 from spvit_mm.apis import ArgumentParser, building, check_checkpoint, run_cli
 from spvit_mm.datasets.teacher import generate_token_labels
-from spvit_mm.utils import UserError
 
 
 def parse_args(argv):
@@ -44,23 +43,20 @@ def parse_args(argv):
 def main(argv):
     args = parse_args(argv)
     check_checkpoint(args.checkpoint)
-    with building('The teacher cannot be built'):
+    with building(f'The teacher {args.config}'):
         model = get_model(args.config, pretrained=args.checkpoint, device=args.device)
-    try:
-        counts = generate_token_labels(
-            model,
-            args.images,
-            args.out,
-            size=args.size,
-            top_k=args.top_k,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            device=args.device,
-            teacher_name=args.config,
-            preview=args.preview,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    counts = generate_token_labels(
+        model,
+        args.images,
+        args.out,
+        size=args.size,
+        top_k=args.top_k,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=args.device,
+        teacher_name=args.config,
+        preview=args.preview,
+    )
     print(
         f'{counts["written"]} label maps written, {counts["kept"]} kept: {args.out}'
         + (f'\nPreview: {args.out}/preview.png' if args.preview else '')

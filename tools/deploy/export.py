@@ -10,7 +10,6 @@ import torch
 from spvit_mm.apis import (
     ArgumentParser,
     add_cfg_options,
-    building,
     export,
     image_shape,
     load_config,
@@ -61,8 +60,7 @@ def main(argv: list) -> None:
     if args.dynamic_batch and args.batch != 1:
         raise UserError('Give --batch or --dynamic-batch, not both.')
     model, _ = load_trained_model(cfg, args.checkpoint)
-    with building(f'The model cannot take images of {shape[0]} x {shape[1]}'):
-        ready = export.prepare(model, shape)
+    ready = export.prepare(model, shape)
 
     # With one image as its example, torch.export takes 1 for a constant.
     images = torch.randn(2 if args.dynamic_batch else args.batch, 3, *shape)

@@ -8,7 +8,6 @@ import torch
 
 from spvit_mm.apis import (
     ArgumentParser,
-    building,
     load_config,
     load_trained_model,
     run_cli,
@@ -42,8 +41,10 @@ def main(argv: list) -> None:
             f'The model of {args.config} has no backbone with a deploy form, such as '
             f'SPViT; its backbone is {type(backbone).__name__}.'
         )
-    with building(f'{args.checkpoint} cannot be deployed'):
+    try:
         backbone.switch_to_deploy(tuple(args.grid) if args.grid else None)
+    except ValueError as error:  # for what cannot be a grid, or not that of this model
+        raise UserError(f'{args.checkpoint} cannot be deployed: {error}') from error
     grid = tuple(args.grid or backbone.patch_resolution)
     meta = {**checkpoint.get('meta', {}), 'deploy_grid': grid}
     with whole_file(out) as partial:

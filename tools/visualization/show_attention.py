@@ -5,7 +5,7 @@ attention of every head, one PNG a layer."""
 import os
 import os.path as osp
 
-from spvit_mm.apis import ArgumentParser, building, load_model, load_samples, run_cli
+from spvit_mm.apis import ArgumentParser, load_model, load_samples, run_cli
 from spvit_mm.explain import draw_query_attention, query_attention
 from spvit_mm.utils import UserError
 
@@ -35,8 +35,7 @@ def main(argv: list) -> None:
     args = parser.parse_args(argv)
     cfg, model = load_model(args.config, args.checkpoint)
     (sample,) = load_samples(cfg, model, [args.image] if args.image else None, 1)
-    with building('No attention to show'):
-        layers = query_attention(model, sample.inputs[None], tuple(args.query))
+    layers = query_attention(model, sample.inputs[None], tuple(args.query))
     wanted = args.layers or range(1, len(layers) + 1)
     wrong = [i for i in wanted if not 1 <= i <= len(layers)]
     if wrong:

@@ -5,7 +5,7 @@ an animation where --out ends in .gif."""
 
 import os.path as osp
 
-from spvit_mm.apis import ArgumentParser, building, load_model, run_cli
+from spvit_mm.apis import ArgumentParser, load_model, run_cli
 from spvit_mm.explain import (
     animate_priors,
     collect_priors,
@@ -85,8 +85,7 @@ def main(argv: list) -> None:
             names = ['first', 'second']
         figure = draw_comparison(dict(zip(names, (maps, other), strict=True)))
     elif animated:
-        with building('No animation'):
-            frames = animate_priors(steps, title)
+        frames = animate_priors(steps, title)
     elif len(steps) > 1:
         figure = draw_strip(steps, title)
     else:
@@ -104,8 +103,7 @@ def main(argv: list) -> None:
 def load_maps(config, checkpoint, grid):
     """The priors of a checkpoint."""
     _, model = load_model(config, checkpoint)
-    with building('No picture'):
-        return collect_priors(model, grid)
+    return collect_priors(model, grid)
 
 
 def unique(names, name):

@@ -4,10 +4,11 @@ check it by removing patches."""
 
 import csv
 import os.path as osp
+from importlib.util import find_spec
 
 import torch
 
-from spvit_mm.apis import ArgumentParser, building, load_model, load_samples, run_cli
+from spvit_mm.apis import ArgumentParser, load_model, load_samples, run_cli
 from spvit_mm.explain import (
     RELEVANCE_METHODS,
     class_scores,
@@ -58,6 +59,10 @@ def main(argv: list) -> None:
     args = parser.parse_args(argv)
     if args.perturb < 0:
         raise UserError(f'--perturb takes a number of images, got {args.perturb}.')
+    if 'gradcam' in args.methods and find_spec('pytorch_grad_cam') is None:
+        raise UserError(
+            '--methods gradcam needs the grad-cam package: pip install grad-cam'
+        )
     out = args.out or osp.join(osp.dirname(args.checkpoint), 'relevance.png')
     out = prepare_picture(out) if args.out else out
 
@@ -67,14 +72,12 @@ def main(argv: list) -> None:
         name = osp.splitext(osp.basename(config))[0].split('_1x')[0]
         samples = load_samples(cfg, model, args.images, args.count)
         pictures = pictures or [sample.picture for sample in samples]
-        with building('No relevance'):
-            found = explain(model, samples, args)
+        found = explain(model, samples, args)
         for method, maps, words in found:
             columns.append((f'{name}\n{method}', maps))
             captions.append(words)
         if args.perturb:
-            with building('No perturbation test'):
-                rows += perturb(cfg, model, name, args)
+            rows += perturb(cfg, model, name, args)
         if args.compare is None:
             break
     draw_relevance(pictures, columns, captions).savefig(out, dpi=120)

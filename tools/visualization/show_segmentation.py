@@ -1,26 +1,23 @@
 #!/usr/bin/env python
 """Draw images, ground truth and prediction of a segmentor side by side."""
 
-import os
-
 import mmcv
 import numpy as np
 import torch
 from mmengine.config import DictAction
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS
 
 from spvit_mm.apis import (
     ArgumentParser,
     building,
-    check_checkpoint,
     load_config,
+    load_trained_model,
     run_cli,
     scope_of,
 )
-from spvit_mm.engine import check_seg_dataset, load_whole_checkpoint
-from spvit_mm.engine.data_checks import building_data
-from spvit_mm.utils import UserError
+from spvit_mm.datasets import checks
+from spvit_mm.utils import UserError, new_figure, prepare_picture
 
 
 def colour(mask, palette):
@@ -44,32 +41,21 @@ def main(argv: list) -> None:
     args = parser.parse_args(argv)
     if args.number < 1:
         raise UserError(f'--number must be at least 1, got {args.number}.')
-    if not args.out.endswith('.png'):
-        raise UserError(f'--out must end in .png, got {args.out}.')
-    check_checkpoint(args.checkpoint)
+    out = prepare_picture(args.out)
     cfg = load_config(args.config, args.cfg_options)
     if scope_of(cfg) != 'mmseg':
         raise UserError(f'{args.config} is of the scope {scope_of(cfg)}, not mmseg.')
-    init_default_scope('mmseg')
-
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    from mmseg.registry import DATASETS
-
-    with building_data(cfg.test_dataloader, 'test'):
-        dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    with building(f'The model of {args.config} cannot be built'):
-        model = MODELS.build(cfg.model).eval()
-    check_seg_dataset(dataset, 'test', model.decode_head.num_classes)
-    load_whole_checkpoint(model, args.checkpoint)
+    model, _ = load_trained_model(cfg, args.checkpoint)
+    settings = cfg.test_dataloader.dataset
+    with building('The test data set'), checks.naming_empty_data(settings, 'test'):
+        dataset = DATASETS.build(settings)
+    checks.check_dataset(dataset, 'test')
+    checks.guard_files(dataset, model.decode_head.num_classes)
 
     number = min(args.number, len(dataset))
     palette = dataset.metainfo['palette']
-    figure, axes = plt.subplots(
-        number, 3, figsize=(9, 2.2 * number), squeeze=False, layout='constrained'
-    )
+    figure = new_figure(9, 2.2 * number)
+    axes = figure.subplots(number, 3, squeeze=False)
     chosen = np.linspace(0, len(dataset) - 1, number).astype(int)
     for row, i in zip(axes, chosen.tolist(), strict=True):
         data = dataset[i]
@@ -86,9 +72,8 @@ def main(argv: list) -> None:
         axes[0], ('image', 'ground truth', 'prediction'), strict=True
     ):
         axis.set_title(title)
-    os.makedirs(os.path.dirname(args.out) or '.', exist_ok=True)
-    figure.savefig(args.out, dpi=110)
-    print(f'Wrote {args.out}')
+    figure.savefig(out, dpi=110)
+    print(f'Wrote {out}')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,11 @@
 import hashlib
+import io
 import os
 import os.path as osp
-import shutil
 from contextlib import contextmanager
 from glob import escape, glob
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from mmengine.dist import is_main_process, master_only
@@ -12,15 +14,10 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import CheckpointLoader, Runner
 from mmpretrain.registry import HOOKS
 
-# Hidden, and with no suffix that a checkpoint has.
-PARTIAL = '.{}.partial'
+from ...utils import whole_file
 
-
-def _put_in_place(partial: str, final: str) -> None:
-    """Give a completely written file its name: there at once, or not at all."""
-    with open(partial, 'rb+') as file:
-        os.fsync(file.fileno())
-    os.replace(partial, final)
+# How whole_file names what it writes.
+PARTIAL = '.*.partial.*'
 
 
 class _DelayedRemoval:
@@ -41,7 +38,7 @@ class _DelayedRemoval:
 
 
 class _AtomicRunner:
-    """A runner that writes a checkpoint beside its place and then renames it.
+    """A runner whose checkpoints are whole files.
 
     Args:
         runner (Runner): The runner that does all else.
@@ -56,29 +53,22 @@ class _AtomicRunner:
     def __getattr__(self, name):
         return getattr(self._runner, name)
 
+    @master_only
     def save_checkpoint(self, out_dir, filename, *args, **kwargs) -> None:
         final = osp.join(out_dir, filename)
-        partial = osp.join(out_dir, PARTIAL.format(filename))
+        with whole_file(final) as partial:
+            name = osp.basename(partial)
+            self._runner.save_checkpoint(out_dir, name, *args, **kwargs)
         self.saved.add(final)
-        try:
-            # Runner.save_checkpoint saves on the main process alone.
-            self._runner.save_checkpoint(
-                out_dir, osp.basename(partial), *args, **kwargs
-            )
-            if is_main_process():
-                _put_in_place(partial, final)
-        finally:
-            if is_main_process() and osp.isfile(partial):
-                os.remove(partial)  # the disk is full, or the like
 
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook, without moments at which a kill loses something.
 
-    - A checkpoint (step, best, published) is written to ``.<name>.partial`` in the
-      same folder, flushed to the disk and renamed: a file that has a checkpoint's
-      name is whole. Partial files of a killed run are removed at the next start.
+    - A checkpoint (step, best, published) is written under another name in the same
+      folder, flushed to the disk and renamed: a file that has a checkpoint's name is
+      whole. Partial files of a killed run are removed at the next start.
     - ``last_checkpoint`` is renamed into place as well, after the file that it names.
     - With ``max_keep_ckpts``, and for the best checkpoint, the old file is removed
       after the new one is there.
@@ -97,17 +87,16 @@ class AtomicCheckpointHook(CheckpointHook):
         super().before_train(runner)
         if self._is_local(runner) and is_main_process():
             for folder in {str(self.out_dir), runner.work_dir}:
-                self._remove_partial_files(runner, folder)
+                for path in glob(osp.join(escape(folder), PARTIAL)):
+                    os.remove(path)
+                    runner.logger.info(
+                        f'Removed {path}, left by a run that was killed.'
+                    )
 
     def _is_local(self, runner) -> bool:
         return isinstance(self.file_backend, LocalBackend) and isinstance(
             runner, Runner
         )
-
-    def _remove_partial_files(self, runner, folder: str) -> None:
-        for path in glob(osp.join(escape(folder), PARTIAL.format('*'))):
-            shutil.rmtree(path) if osp.isdir(path) else os.remove(path)
-            runner.logger.info(f'Removed {path}, left by a run that was killed.')
 
     @contextmanager
     def _atomic(self, runner):
@@ -115,22 +104,18 @@ class AtomicCheckpointHook(CheckpointHook):
         if not self._is_local(runner):
             yield runner
             return
-        scratch = osp.join(runner.work_dir, PARTIAL.format('last_checkpoint'))
         backend = self.file_backend
         delayed = self.file_backend = _DelayedRemoval(backend)
-        atomic = _AtomicRunner(runner, scratch)
-        try:
-            if is_main_process():
-                os.makedirs(scratch, exist_ok=True)
-            yield atomic
-        finally:
-            self.file_backend = backend
-        if not is_main_process():
-            return
-        pointer = osp.join(scratch, 'last_checkpoint')
-        if osp.isfile(pointer):
-            _put_in_place(pointer, osp.join(runner.work_dir, 'last_checkpoint'))
-        os.rmdir(scratch)
+        with TemporaryDirectory() as scratch:
+            atomic = _AtomicRunner(runner, scratch)
+            try:
+                yield atomic
+            finally:
+                self.file_backend = backend
+            pointer = Path(scratch, 'last_checkpoint')
+            if pointer.exists():
+                with whole_file(osp.join(runner.work_dir, pointer.name)) as partial:
+                    Path(partial).write_bytes(pointer.read_bytes())
         for remove, path in delayed.removals:
             # A best checkpoint of a folder that was copied is not ours to remove.
             if path not in atomic.saved and osp.dirname(path) == str(self.out_dir):
@@ -156,15 +141,12 @@ class AtomicCheckpointHook(CheckpointHook):
             return
         checkpoint = CheckpointLoader.load_checkpoint(ckpt_path, map_location='cpu')
         kept = {k: v for k, v in checkpoint.items() if k in self.published_keys}
-        folder, name = osp.split(ckpt_path)
-        partial = osp.join(folder, PARTIAL.format(name))
-        torch.save(kept, partial)
-        digest = hashlib.sha256()
-        with open(partial, 'rb') as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        final = f'{osp.splitext(ckpt_path)[0]}-{digest.hexdigest()[:8]}.pth'
-        _put_in_place(partial, final)
+        content = io.BytesIO()
+        torch.save(kept, content)
+        digest = hashlib.sha256(content.getbuffer()).hexdigest()
+        final = f'{osp.splitext(ckpt_path)[0]}-{digest[:8]}.pth'
+        with whole_file(final) as partial:
+            Path(partial).write_bytes(content.getbuffer())
         runner.logger.info(
             f'{ckpt_path} is published as {final} with {sorted(kept)} (left out: '
             f'{sorted(set(checkpoint) - set(kept))}).'

@@ -2,19 +2,15 @@ from mmengine.hooks import Hook
 from mmengine.runner import BaseLoop
 from mmpretrain.registry import HOOKS
 
+from ...datasets import checks
 from ...utils import unwrap_model
-from ..data_checks import (
-    check_dataset,
-    check_normalization,
-    check_same_classes,
-    check_widths,
-    guard_images,
-)
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(name=['DataCheckHook', 'SegDataCheckHook'])
 class DataCheckHook(Hook):
-    """Check the data sets before the first step, and name images that are corrupt.
+    """Check the data before the first step, and every image and mask as it is read.
+
+    For classification and segmentation alike; ``SegDataCheckHook`` is its second name.
 
     Args:
         corrupt_images (str): ``'error'``: an image that cannot be read ends the run
@@ -24,10 +20,10 @@ class DataCheckHook(Hook):
             Defaults to 'error'.
 
     Raises:
-        UserError: For data sets without images, of a single class, with labels that
-            the head does not have, or whose folders number the classes differently;
-            for a head of another width than the backbone; and for a mean or std of
-            another number of channels than the backbone takes.
+        UserError: Before the first step, for what :func:`~spvit_mm.datasets.checks.
+            check_dataset`, ``check_same_classes`` and ``check_crops`` find. While
+            loading, for images that cannot be read, and for masks of another size
+            than their image or with values that the head does not have.
     """
 
     def __init__(self, corrupt_images: str = 'error') -> None:
@@ -41,9 +37,8 @@ class DataCheckHook(Hook):
 
     def before_run(self, runner) -> None:
         model = unwrap_model(runner.model)
-        check_widths(model)
-        check_normalization(model)
-        num_classes = getattr(getattr(model, 'head', None), 'num_classes', None)
+        head = getattr(model, 'head', None) or getattr(model, 'decode_head', None)
+        num_classes = getattr(head, 'num_classes', None)
         loops = {
             'training': runner._train_loop,
             'validation': runner._val_loop,
@@ -54,15 +49,27 @@ class DataCheckHook(Hook):
             for split, loop in loops.items()
             if isinstance(loop, BaseLoop)
         }
+        checks.check_crops(model, *datasets.values())
         for split, dataset in datasets.items():
-            check_dataset(dataset, split, num_classes)
-            skipped = guard_images(dataset, self.skip)
+            checks.check_dataset(dataset, split, num_classes)
+            skipped = checks.guard_files(dataset, num_classes, self.skip)
             if split == 'training':
                 self._skipped = skipped
             elif 'training' in datasets:
-                check_same_classes(datasets['training'], dataset, split)
+                checks.check_same_classes(datasets['training'], dataset, split)
 
     def after_train_epoch(self, runner) -> None:
+        self._report(runner)
+
+    # An iteration loop has a single epoch, whose end can be days away.
+
+    def before_val_epoch(self, runner) -> None:
+        self._report(runner)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        self._report(runner)
+
+    def _report(self, runner) -> None:
         count = int(self._skipped) if self._skipped is not None else 0
         if count > self._reported:
             runner.logger.warning(

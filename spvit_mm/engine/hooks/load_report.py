@@ -1,18 +1,14 @@
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 
-import torch
 from mmengine.hooks import Hook
-from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from mmpretrain.registry import HOOKS
 
 from ...utils import UserError, unwrap_model
 
 SHOWN = 10
-
-
-def _listed(names: list[str]) -> str:
-    more = f' ... and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
-    return ', '.join(names[:SHOWN]) + more
 
 
 @dataclass
@@ -21,112 +17,83 @@ class LoadReport:
 
     Attributes:
         total (int): Parameters and buffers of the model, counters of batch norm aside.
-        loaded (list[str]): Those that received a value.
         missing (list[str]): Those that the checkpoint does not have.
-        mismatched (list[tuple]): (name, shape in the checkpoint, shape in the model)
-            of those that have another shape in the checkpoint.
+        errors (list[str]): What torch says of each that could not be copied, such as
+            one of another shape.
         unexpected (list[str]): Names in the checkpoint that the model does not have.
     """
 
     total: int
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    missing: list[str]
+    errors: list[str]
+    unexpected: list[str]
+
+    @property
+    def loaded(self) -> int:
+        """How many of ``total`` received a value."""
+        return self.total - len(self.missing) - len(self.errors)
 
     @property
     def complete(self) -> bool:
         """Whether the checkpoint fits the model in every name and shape."""
-        return not (self.missing or self.mismatched or self.unexpected)
+        return not (self.missing or self.errors or self.unexpected)
 
     def __str__(self) -> str:
         text = [
-            f'{len(self.loaded)} of the {self.total} parameters and buffers of the '
-            'model were loaded from the checkpoint.'
+            f'{self.loaded} of the {self.total} parameters and buffers of the model were '
+            'loaded from the checkpoint'
         ]
-        if self.missing:
-            text.append(
-                f'{len(self.missing)} are missing in it: {_listed(self.missing)}.'
-            )
-        if self.mismatched:
-            shapes = [
-                f'{name} {there} there and {here} in the model'
-                for name, there, here in self.mismatched
-            ]
-            text.append(f'{len(shapes)} have another shape: {_listed(shapes)}.')
-        if self.unexpected:
-            text.append(
-                f'{len(self.unexpected)} of its entries are unknown to the model: '
-                f'{_listed(self.unexpected)}.'
-            )
-        return ' '.join(text)
+        for what, names in (
+            ('missing in it', self.missing),
+            ('that do not fit', self.errors),
+            ('unknown to the model', self.unexpected),
+        ):
+            if names:
+                shown = [*names[:SHOWN], *['...'] * (len(names) > SHOWN)]
+                text.append(f'{len(names)} {what}: {", ".join(shown)}')
+        return '; '.join(text) + '.'
 
 
-class _Watch:
-    """Sees what the next load of a state dict into a model does.
+@contextmanager
+def reporting_loads(model, on_report: Callable[[LoadReport], None]):
+    """Report what a load of a state dict into a model has done.
 
-    A tensor that is written counts up its version, so what was loaded is seen on the
-    tensors themselves, whatever names and shapes the model's own state-dict hooks
-    make of a checkpoint on the way.
-    """
-
-    def __init__(self, model, state_dict: dict, on_report) -> None:
-        self.state_dict = state_dict
-        self.on_report = on_report
-        self.tensors = {
-            name: value
-            for name, value in model.state_dict(keep_vars=True).items()
-            if isinstance(value, torch.Tensor)
-            # Batch norm makes up its counter where an old checkpoint has none.
-            and not name.endswith('num_batches_tracked')
-        }
-        self.versions = {name: t._version for name, t in self.tensors.items()}
-        self.handle = model.register_load_state_dict_post_hook(self)
-
-    def __call__(self, module, incompatible_keys) -> None:
-        if self.on_report is None:
-            return
-        on_report, self.on_report = self.on_report, None
-        report = LoadReport(len(self.tensors))
-        absent = set(incompatible_keys.missing_keys)
-        for name, tensor in self.tensors.items():
-            if tensor._version != self.versions[name]:
-                report.loaded.append(name)
-            elif name not in absent and name in self.state_dict:
-                report.mismatched.append(
-                    (name, tuple(self.state_dict[name].shape), tuple(tensor.shape))
-                )
-            else:
-                report.missing.append(name)
-        report.unexpected = list(incompatible_keys.unexpected_keys)
-        on_report(report)
-
-
-def load_whole_checkpoint(model, path: str) -> dict:
-    """Load a checkpoint that must fit a model in every name and shape.
-
-    For tools that look into a model without a runner.
+    torch hands three lists through a load: the missing and the unexpected names, and
+    the errors. A hook before the load of the outermost module sees them while they
+    are empty, and one behind it when all modules have had their say.
 
     Args:
-        model (nn.Module): The model, filled in place.
-        path (str): Path or address of the checkpoint.
-
-    Returns:
-        dict: The checkpoint.
-
-    Raises:
-        UserError: If it fits only in part, or not at all; with the report.
+        model (nn.Module): The model, no wrapper.
+        on_report (callable): Takes the :class:`LoadReport` of each load inside.
     """
-    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    state_dict = checkpoint.get('state_dict', checkpoint)
-    state_dict = {name.removeprefix('module.'): v for name, v in state_dict.items()}
-    reports = []
-    watch = _Watch(model, state_dict, reports.append)
-    load_state_dict(model, state_dict, strict=False, logger='silent')
-    watch.handle.remove()
-    if not reports[0].complete:
-        raise UserError(f'{path} is not a checkpoint of this model. {reports[0]}')
-    return checkpoint
+    lists = []
+
+    def before(state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        lists[:] = missing, unexpected, errors
+
+    def after(module, incompatible_keys):
+        missing, unexpected, errors = lists
+        on_report(
+            LoadReport(
+                total=len(_tensors(model.state_dict())),
+                missing=_tensors(missing),
+                errors=[error.strip(' .') for error in errors],
+                unexpected=list(unexpected),
+            )
+        )
+
+    first = model._register_load_state_dict_pre_hook(before)
+    last = model.register_load_state_dict_post_hook(after)
+    try:
+        yield
+    finally:
+        first.remove()
+        last.remove()
+
+
+def _tensors(names) -> list[str]:
+    # Batch norm makes up its counter where an old checkpoint has none.
+    return [name for name in names if not name.endswith('num_batches_tracked')]
 
 
 @HOOKS.register_module()
@@ -153,16 +120,13 @@ class LoadReportHook(Hook):
         if partial not in ('warn', 'error'):
             raise ValueError(f"partial must be 'warn' or 'error', got {partial!r}")
         self.partial = partial
-        self._watch = None
+        self._watch = ExitStack()
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        self._stop()
-        state_dict = checkpoint.get('state_dict', checkpoint)
-        self._watch = _Watch(
-            unwrap_model(runner.model),
-            {name.removeprefix('module.'): v for name, v in state_dict.items()},
-            lambda report: self._judge(runner, report),
-        )
+        # It has been read from the file, and goes into the model next.
+        model = unwrap_model(runner.model)
+        judge = partial(self._judge, runner)
+        self._watch.enter_context(reporting_loads(model, judge))
 
     def _judge(self, runner, report: LoadReport) -> None:
         if report.complete:
@@ -189,16 +153,11 @@ class LoadReportHook(Hook):
             'loaded keeps its initial values.'
         )
 
-    def _stop(self) -> None:
-        if self._watch is not None:
-            self._watch.handle.remove()
-            self._watch = None
-
     def before_train(self, runner) -> None:
-        self._stop()
+        self._watch.close()
 
     def before_val(self, runner) -> None:
-        self._stop()
+        self._watch.close()
 
     def before_test(self, runner) -> None:
-        self._stop()
+        self._watch.close()

@@ -1,120 +1,86 @@
-from collections.abc import Callable
-from itertools import islice
+import random
+from collections.abc import Iterator
+from itertools import count, islice, repeat
 from typing import Any, Optional
 
+import numpy as np
+import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import IterBasedTrainLoop
 from mmpretrain.registry import HOOKS
 
-from ..random_state import WorkerSeeder, get_random_state, set_random_state
+from .worker_seeder import WorkerSeeder
 
 KEY = 'random_state'
+VERSION = 2
+
+
+def get_random_state() -> dict[str, Any]:
+    """Read the state of every random generator that training draws from.
+
+    Returns:
+        dict: ``python``, ``numpy`` and ``torch`` (CPU) and, where CUDA is in use,
+        ``cuda`` (the current device), in types that
+        ``torch.load(..., weights_only=True)`` reads.
+    """
+    name, keys, *rest = np.random.get_state()
+    state = {
+        'python': random.getstate(),
+        'numpy': (str(name), keys.tolist(), *rest),
+        'torch': torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set what :func:`get_random_state` has read.
+
+    Args:
+        state (dict): A state; its tensors may lie on any device. A ``cuda`` entry is
+            left out where there is no CUDA.
+    """
+    random.setstate(state['python'])
+    np.random.set_state(state['numpy'])
+    torch.set_rng_state(state['torch'].cpu())
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'].cpu())
 
 
 def _seeded_sampler(dataloader) -> Optional[Any]:
     """The sampler of a data loader that orders the data by a seed of its own."""
-    for sampler in (
-        dataloader.sampler,
-        getattr(dataloader.batch_sampler, 'sampler', None),
-    ):
+    inner = getattr(dataloader.batch_sampler, 'sampler', None)
+    for sampler in (dataloader.sampler, inner):
         if isinstance(getattr(sampler, 'seed', None), int):
             return sampler
     return None
 
 
-def _batches_per_pass(dataloader) -> Optional[int]:
-    """Batches of one pass over the data, None for a sampler without end."""
-    if isinstance(_seeded_sampler(dataloader), InfiniteSampler):
-        return None
-    try:
-        return len(dataloader)
-    except TypeError:  # an iterable dataset need not know its length
-        return None
-
-
 class _Batches:
-    """The batches of an iteration loop from a given iteration on.
+    """Takes the place of an iteration loop's own endless iterator.
 
-    Takes the place of the loop's own endless iterator. That one starts its workers
-    before any hook can seed them (mmengine) or after the random state has been
-    restored (its fork), and mmengine's loads every batch that it skips.
+    That one starts its workers before any hook can seed them (mmengine) or after the
+    random state has been restored (its fork), and mmengine's loads every batch that
+    it skips.
 
     Args:
-        dataloader (DataLoader): The data loader of the loop.
-        first (int): Batches that the checkpoint's run has used already.
-        skips_by_next (bool): Whether the loop skips them by ``first`` calls of
-            ``next`` (mmengine) rather than by :meth:`skip_iter` (its fork).
-        seeder (WorkerSeeder, optional): Seeds the workers.
-        before_batch (callable): Called before a batch is drawn.
+        batches (Iterator): The batches, from the one on that the loop is to use next.
     """
 
-    def __init__(
-        self,
-        dataloader,
-        first: int,
-        skips_by_next: bool,
-        seeder: Optional[WorkerSeeder],
-        before_batch: Callable[[], None],
-    ) -> None:
-        self.dataloader = dataloader
-        self.first = first
-        self.seeder = seeder
-        self.before_batch = before_batch
-        self._calls_to_ignore = first if skips_by_next else 0
-        self._pass = 0
-        self._iterator = None
+    def __init__(self, batches: Iterator) -> None:
+        self._batches = batches
 
     def __iter__(self):
         return self
 
+    def __next__(self):
+        return next(self._batches)
+
     def skip_iter(self, num_iters: int) -> None:
         """Nothing to do: these batches begin behind the skipped ones."""
-
-    def __next__(self):
-        if self._calls_to_ignore:
-            self._calls_to_ignore -= 1
-            return None
-        if self._iterator is None:
-            self._open()
-        # After the iterator is there: making one draws from the global generator.
-        self.before_batch()
-        return self._draw()
-
-    def _open(self) -> None:
-        sampler = _seeded_sampler(self.dataloader)
-        batch_size = self.dataloader.batch_size
-        if isinstance(sampler, InfiniteSampler) and batch_size is not None:
-            # The stream of indices is made anew: an iterator that mmengine's loop
-            # had opened has taken some of it, in the order of another seed perhaps.
-            skipped = self.first * batch_size
-            sampler.indices = islice(sampler._indices_of_rank(), skipped, None)
-            self._begin_pass(first_batch=self.first)
-            return
-        self._begin_pass()
-        for _ in range(self.first):
-            self._draw()
-
-    def _begin_pass(self, first_batch: int = 0) -> None:
-        for sampler in (
-            self.dataloader.sampler,
-            getattr(self.dataloader.batch_sampler, 'sampler', None),
-        ):
-            if self._pass and hasattr(sampler, 'set_epoch'):
-                sampler.set_epoch(self._pass)
-                break
-        if self.seeder is not None:
-            self.seeder.start(self._pass, first_batch)
-        self._iterator = iter(self.dataloader)
-
-    def _draw(self):
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            self._pass += 1
-            self._begin_pass()
-            return next(self._iterator)
 
 
 @HOOKS.register_module()
@@ -163,7 +129,7 @@ class RandomStateHook(Hook):
     def __init__(self, seed_workers: bool = True) -> None:
         self.seed_workers = seed_workers
         self._training = False
-        self._from_checkpoint: Optional[dict] = None
+        self._loaded: Optional[dict] = None
         self._all_ranks: Optional[dict] = None
         self._resume_from: Optional[dict] = None
         self._seeder: Optional[WorkerSeeder] = None
@@ -181,16 +147,10 @@ class RandomStateHook(Hook):
             return
         self._resume_from = get_random_state()
         sampler = _seeded_sampler(runner.train_dataloader)
-        mine = {
-            **self._resume_from,
-            'sampler_seed': None if sampler is None else sampler.seed,
-            'worker_seed': self._worker_seed,
-        }
-        self._all_ranks = {
-            'version': 1,
-            'iter': iteration,
-            'ranks': all_gather_object(mine),
-        }
+        sampler_seed = None if sampler is None else sampler.seed
+        mine = {**self._resume_from, 'sampler_seed': sampler_seed}
+        ranks = all_gather_object(mine)
+        self._all_ranks = {'version': VERSION, 'iter': iteration, 'ranks': ranks}
 
     def after_train_epoch(self, runner) -> None:
         if not self._iteration_loop:
@@ -225,45 +185,37 @@ class RandomStateHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         # Whether it is resumed or only its weights are loaded shows in before_train.
-        self._from_checkpoint = {
-            'meta_iter': checkpoint.get('meta', {}).get('iter'),
-            'state': checkpoint.get(KEY),
-        }
+        self._loaded = checkpoint.get(KEY)
 
     def before_train(self, runner) -> None:
         self._training = True
         self._iteration_loop = isinstance(runner.train_loop, IterBasedTrainLoop)
-        self._worker_seed = runner.seed
         self._all_ranks = self._resume_from = None
-        if runner.iter > 0 and self._from_checkpoint is not None:
-            self._take(runner, self._from_checkpoint)
-        self._from_checkpoint = None
+        if runner.iter > 0:
+            self._take(runner, self._loaded)
+        self._loaded = None
 
         dataloader = runner.train_dataloader
         if self.seed_workers and dataloader.num_workers > 0:
+            endless = isinstance(_seeded_sampler(dataloader), InfiniteSampler)
             self._seeder = WorkerSeeder(
                 dataloader.collate_fn,
                 dataloader.worker_init_fn,
-                self._worker_seed,
+                runner.seed,  # mmengine has resumed it
                 get_rank(),
-                _batches_per_pass(dataloader),
+                None if endless else len(dataloader),
             )
             dataloader.collate_fn = self._seeder
             dataloader.worker_init_fn = self._seeder.init_worker
 
-    def _take(self, runner, loaded: dict) -> None:
+    def _take(self, runner, state: Optional[dict]) -> None:
         """Take over the state of the checkpoint that is resumed."""
-        state = loaded['state']
-        world_size = get_world_size()
-        problem = None
-        if state is None:
-            problem = 'it holds none'
-        elif loaded['meta_iter'] != runner.iter:
-            problem = f'it belongs to another iteration ({loaded["meta_iter"]})'
+        problem, world_size = None, get_world_size()
+        if state is None or state['version'] != VERSION:
+            problem = f'it holds none of version {VERSION}'
         elif len(state['ranks']) != world_size:
-            problem = (
-                f'{len(state["ranks"])} process(es) saved it and {world_size} resume it'
-            )
+            saved = len(state['ranks'])
+            problem = f'{saved} process(es) saved it and {world_size} resume it'
         if problem is not None:
             runner.logger.warning(
                 'The random state of the checkpoint is not restored, since '
@@ -271,12 +223,11 @@ class RandomStateHook(Hook):
                 'weights of an uninterrupted run.'
             )
             return
-        mine = state['ranks'][get_rank()]
-        self._resume_from = mine
-        self._worker_seed = mine['worker_seed']
+        self._resume_from = state['ranks'][get_rank()]
+        sampler_seed = self._resume_from['sampler_seed']
         sampler = _seeded_sampler(runner.train_dataloader)
-        if sampler is not None and mine['sampler_seed'] is not None:
-            sampler.seed = mine['sampler_seed']
+        if sampler is not None and sampler_seed is not None:
+            sampler.seed = sampler_seed
 
     def before_train_epoch(self, runner) -> None:
         loop = runner.train_loop
@@ -286,13 +237,51 @@ class RandomStateHook(Hook):
             self._restore()
             return
         skips = not getattr(loop, 'fast_forward_on_resume', False)
-        first = runner.iter if skips else 0
         skips_by_next = not hasattr(loop.dataloader_iterator, 'skip_iter')
         # Workers that persist and were started unseeded would be used again.
         loop.dataloader_iterator = loop.dataloader._iterator = None
-        loop.dataloader_iterator = _Batches(
-            loop.dataloader, first, skips_by_next, self._seeder, self._restore
+        batches = self._batches(
+            loop.dataloader, runner.iter if skips else 0, skips_by_next
         )
+        loop.dataloader_iterator = _Batches(batches)
+
+    def _batches(self, dataloader, first: int, skips_by_next: bool) -> Iterator:
+        """The batches of an iteration loop, pass after pass.
+
+        Args:
+            dataloader (DataLoader): The data loader of the loop.
+            first (int): Batches that the checkpoint's run has used already.
+            skips_by_next (bool): Whether the loop skips them by ``first`` calls of
+                ``next`` (mmengine) rather than by ``skip_iter`` (its fork).
+        """
+        yield from repeat(None, first if skips_by_next else 0)
+        sampler, to_drop, first_batch = _seeded_sampler(dataloader), first, 0
+        if isinstance(sampler, InfiniteSampler) and dataloader.batch_size is not None:
+            # The stream of indices is made anew: an iterator that mmengine's loop
+            # had opened has taken some of it, in the order of another seed perhaps.
+            skipped = first * dataloader.batch_size
+            sampler.indices = islice(sampler._indices_of_rank(), skipped, None)
+            to_drop, first_batch = 0, first
+        passes = self._passes(dataloader, sampler, first_batch)
+        for _ in range(1 + to_drop):
+            next(passes)
+        while True:
+            # After the iterator is there: making one draws from the global generator.
+            self._restore()
+            yield next(passes)
+
+    def _passes(self, dataloader, sampler, first_batch: int) -> Iterator:
+        """None once an iterator is there, then the batches of pass after pass."""
+        for number in count():
+            if number and hasattr(sampler, 'set_epoch'):
+                sampler.set_epoch(number)
+            if self._seeder is not None:
+                self._seeder.start(number, first_batch)
+            batches = iter(dataloader)
+            if number == 0:
+                yield None
+            yield next(batches)  # raises where a pass has none, and all would
+            yield from batches
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         # Starting workers draws from the global generator, and workers that persist

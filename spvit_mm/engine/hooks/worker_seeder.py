@@ -1,69 +1,11 @@
-"""The random state of one process, as tensors and plain numbers."""
+"""Random numbers of data-loading workers that do not depend on what came before."""
 
 import random
-from typing import Any, Optional
+from typing import Optional
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
-
-RandomState = dict[str, Any]
-
-
-def get_random_state() -> RandomState:
-    """Read the state of every random generator that training draws from.
-
-    Returns:
-        dict: ``python``, ``numpy`` and ``torch`` (CPU) and, where CUDA is in use,
-        ``cuda`` (the current device). The values are tensors, numbers, strings and
-        None alone, so that ``torch.load(..., weights_only=True)`` reads them.
-    """
-    version, words, gauss_next = random.getstate()
-    name, keys, pos, has_gauss, cached = np.random.get_state()
-    state: RandomState = {
-        'python': {
-            'version': version,
-            'words': torch.tensor(words, dtype=torch.int64),
-            'gauss_next': gauss_next,
-        },
-        'numpy': {
-            'name': str(name),
-            'keys': torch.from_numpy(keys.astype(np.int64)),
-            'pos': int(pos),
-            'has_gauss': int(has_gauss),
-            'cached_gaussian': float(cached),
-        },
-        'torch': torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: RandomState) -> None:
-    """Set what :func:`get_random_state` has read.
-
-    Args:
-        state (dict): A state; its tensors may lie on any device. A ``cuda`` entry is
-            left out where there is no CUDA.
-    """
-    python = state['python']
-    random.setstate(
-        (python['version'], tuple(python['words'].tolist()), python['gauss_next'])
-    )
-    numpy = state['numpy']
-    np.random.set_state(
-        (
-            numpy['name'],
-            numpy['keys'].cpu().numpy().astype(np.uint32),
-            numpy['pos'],
-            numpy['has_gauss'],
-            numpy['cached_gaussian'],
-        )
-    )
-    torch.set_rng_state(state['torch'].cpu())
-    if 'cuda' in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'].cpu())
 
 
 class WorkerSeeder:
@@ -102,9 +44,7 @@ class WorkerSeeder:
         self.seed = seed
         self.rank = rank
         self.batches_per_pass = batches_per_pass
-        self.first_pass = 0
-        self.first_batch = 0
-        self._loaded = 0
+        self.start()
 
     def start(self, first_pass: int = 0, first_batch: int = 0) -> None:
         """Say where the workers that are started next begin.
@@ -115,6 +55,7 @@ class WorkerSeeder:
         """
         self.first_pass = first_pass
         self.first_batch = first_batch
+        self._loaded = 0
 
     def position(self, worker: int, num_workers: int) -> tuple:
         """(pass, batch) of the batch that a worker loads next."""

@@ -1,0 +1,178 @@
+"""What training and testing by command line have in common.
+
+The options are those of mmpretrain's own ``tools/train.py`` and ``tools/test.py``,
+for classification and segmentation configs alike; which of the two a config is for
+is its ``default_scope``.
+"""
+
+import argparse
+import os
+import os.path as osp
+from typing import Optional
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.registry import HOOKS, RUNNERS
+from mmengine.runner import BaseLoop, Runner
+
+from ..datasets.checks import naming_empty_data
+from ..utils import UserError
+from .cli import add_cfg_options, building
+from .configs import scope_of
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share."""
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument(
+        '--work-dir',
+        help='where logs and checkpoints go (default: work_dir of the config, else '
+        './work_dirs/<name of the config>)',
+    )
+    parser.add_argument(
+        '--amp',
+        action='store_true',
+        help='automatic mixed precision; bfloat16 where there is no accelerator',
+    )
+    add_cfg_options(parser)
+    parser.add_argument(
+        '--no-pin-memory', action='store_true', help='no pinned memory for batches'
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher of a distributed run',
+    )
+    parser.add_argument(
+        '--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS
+    )
+
+
+def merge_common_args(cfg: Config, args, needed: tuple) -> None:
+    """Apply the options that training and testing share to a config, in place.
+
+    Args:
+        cfg (Config): The config.
+        args (argparse.Namespace): The parsed options.
+        needed (tuple[str]): Entries that the config must have.
+
+    Raises:
+        UserError: For options that do not fit the config or the machine.
+    """
+    absent = [key for key in needed if cfg.get(key) is None]
+    if absent:
+        raise UserError(
+            f'The config {args.config} lacks {", ".join(absent)}. It needs '
+            f'{", ".join(needed)}.'
+        )
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        name = osp.splitext(osp.basename(args.config))[0]
+        cfg.work_dir = osp.join('./work_dirs', name)
+    if osp.exists(cfg.work_dir) and not osp.isdir(cfg.work_dir):
+        raise UserError(f'The work dir {cfg.work_dir} is a file, not a folder.')
+
+    cfg.launcher = args.launcher
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise UserError(
+            '--launcher pytorch needs processes that torch.distributed.run has '
+            'started. Use tools/dist_train.sh or tools/dist_test.sh.'
+        )
+
+
+def set_dataloader_defaults(cfg: Config, args, names: tuple) -> None:
+    """Give the data loaders of a config the defaults of mmpretrain's tools."""
+    for name in names:
+        loader = cfg.get(name)
+        if not isinstance(loader, dict):
+            continue
+        loader.setdefault('pin_memory', torch.cuda.is_available())
+        if args.no_pin_memory:
+            loader.pin_memory = False
+        workers = bool(loader.get('num_workers'))
+        loader.setdefault('persistent_workers', workers)
+        if not workers or getattr(args, 'no_persistent_workers', False):
+            loader.persistent_workers = False
+        # Segmentation batches hold images of several sizes and are not stacked.
+        if scope_of(cfg) == 'mmpretrain':
+            loader.setdefault('collate_fn', {'type': 'default_collate'})
+
+
+def hook_class(cfg: Config, hook: dict) -> Optional[type]:
+    """The class of a hook's config, None for a name that is not registered."""
+    kind = hook.get('type')
+    if not isinstance(kind, str):
+        return kind
+    with HOOKS.switch_scope_and_registry(scope_of(cfg)) as registry:
+        return registry.get(kind)
+
+
+def add_hook(cfg: Config, kind: type[Hook], **arguments) -> None:
+    """Add a hook of ours to a config that has none of this class; set arguments."""
+    custom_hooks = list(cfg.get('custom_hooks') or [])
+    for hook in [*(cfg.get('default_hooks') or {}).values(), *custom_hooks]:
+        if isinstance(hook, dict) and hook_class(cfg, hook) is kind:
+            hook.update(arguments)
+            return
+    name = f'mmpretrain.{kind.__name__}'
+    cfg.custom_hooks = [*custom_hooks, dict(type=name, **arguments)]
+
+
+def distribute_on_cpu(cfg: Config) -> None:
+    """Let the processes of ``--launcher pytorch`` meet on a machine without GPUs.
+
+    mmengine's launcher takes a CUDA device for every process.
+    """
+    if cfg.get('launcher') != 'pytorch' or get_device() != 'cpu':
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = cfg.get('model_wrapper_cfg') or ConfigDict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    wrapper.device_ids = None
+    cfg.model_wrapper_cfg = wrapper
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner of a config; mistakes in it are UserErrors."""
+    distribute_on_cpu(cfg)
+    with building(f'What {cfg.filename} describes'):
+        if 'runner_type' in cfg:
+            return RUNNERS.build(cfg)
+        return Runner.from_cfg(cfg)
+
+
+def build_loop(runner: Runner, name: str, split: str) -> BaseLoop:
+    """Build a loop of a runner with its data, which mmengine does when it is used.
+
+    Args:
+        runner (Runner): The runner.
+        name (str): The loop: 'train', 'val' or 'test'.
+        split (str): What to call its data: 'training', 'validation' or 'test'.
+
+    Returns:
+        BaseLoop: The loop.
+
+    Raises:
+        UserError: For a mistake in the config, and for data without images.
+    """
+    loader = runner.cfg[f'{name}_dataloader']
+    dataset = loader.get('dataset') if isinstance(loader, dict) else None
+    what = f'{name}_cfg with {name}_dataloader of {runner.cfg.filename}'
+    with building(what), naming_empty_data(dataset or {}, split):
+        return getattr(runner, f'{name}_loop')
+
+
+def show_progress(runner: Runner, loop: BaseLoop) -> None:
+    """Let short loops log too: at least four lines, each with the remaining time."""
+    for hook in runner.hooks:
+        if isinstance(hook, LoggerHook):
+            hook.interval = min(hook.interval, max(1, len(loop.dataloader) // 4))

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import ConcatDataset
+from mmpretrain.datasets import CustomDataset
+from mmpretrain.registry import DATASETS
+
+from spvit_mm.datasets import checks
+from spvit_mm.datasets.checks import check_dataset, guard_files
+from spvit_mm.utils import CorruptImageError, UserError
+from tests.test_engine.tiny import make_images
+
+LOAD = [{'type': 'LoadImageFromFile'}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_images(tmp_path / 'images')
+    return tmp_path / 'images'
+
+
+def test_wrapped_data_sets(folder, tmp_path):
+    good = CustomDataset(data_prefix=str(folder), pipeline=LOAD)
+    make_images(tmp_path / 'one', classes=['only'])
+    bad = CustomDataset(data_prefix=str(tmp_path / 'one'), pipeline=LOAD)
+    check_dataset(ConcatDataset([good, good]), 'training', 3)
+    with pytest.raises(
+        UserError, match='the CustomDataset of .*one.*, are of one class'
+    ):
+        check_dataset(ConcatDataset([good, bad], ignore_keys='classes'), 'training', 3)
+    with pytest.raises(UserError, match='labels up to 2 .* has num_classes=2 '):
+        check_dataset(good, 'test', 2)
+    with pytest.raises(
+        UserError, match='labels up to 2 .* num_classes=1 .labels from 0 to 0.'
+    ):
+        check_dataset(good, 'training', 1)
+
+
+def test_one_class_in_an_annotation_file(folder, tmp_path):
+    lines = [f'a/{i}.png 1' for i in range(4)]
+    (tmp_path / 'list.txt').write_text('\n'.join(lines))
+    dataset = CustomDataset(
+        data_prefix=str(folder),
+        ann_file=str(tmp_path / 'list.txt'),
+        metainfo={'classes': ('x', 'y')},
+        pipeline=LOAD,
+    )
+    with pytest.raises(UserError, match='are of one class'):
+        check_dataset(dataset, 'training')
+    check_dataset(dataset, 'test')  # one class of a test set can be wanted
+
+
+@pytest.mark.parametrize('content', [b'', b'no image', None])
+def test_guarded_images(folder, content):
+    path = folder / 'a' / '0.png'
+    path.unlink() if content is None else path.write_bytes(content)
+    (folder / 'a' / '0.png.txt').touch()
+    dataset = CustomDataset(data_prefix=str(folder), pipeline=LOAD)
+    if content is None:  # vanished after the data set was built
+        dataset = CustomDataset(data_prefix=str(folder), pipeline=LOAD)
+        path = folder / 'a' / '1.png'
+        path.unlink()
+    index = [dataset.get_data_info(i)['img_path'] for i in range(len(dataset))].index(
+        str(path)
+    )
+    guard_files(dataset)
+    guard_files(dataset)  # once is enough, and twice is no harm
+    with pytest.raises(CorruptImageError, match=str(path)):
+        dataset[index]
+    assert dataset[index + 2]['img'].shape == (20, 24, 3)
+
+    skipping = CustomDataset(data_prefix=str(folder), pipeline=LOAD)
+    if content is None:
+        return
+    np.random.seed(0)
+    count = guard_files(skipping, skip=True)
+    assert skipping[index]['img_path'] != str(path)
+    assert torch.equal(count, torch.ones(1, dtype=torch.int64))
+    testing = CustomDataset(data_prefix=str(folder), pipeline=LOAD, test_mode=True)
+    guard_files(testing, skip=True)
+    with pytest.raises(CorruptImageError):
+        testing[index]
+
+
+def test_empty_data_is_named(mmpretrain_scope, tmp_path):
+    (tmp_path / 'list.txt').touch()
+    cfg = dict(
+        type='CustomDataset',
+        data_prefix=str(tmp_path),
+        ann_file=str(tmp_path / 'list.txt'),
+    )
+    with (
+        pytest.raises(UserError, match=f"training .* data_prefix='{tmp_path}', ann_"),
+        checks.naming_empty_data(dict(type='RepeatDataset', dataset=cfg), 'training'),
+    ):
+        DATASETS.build(cfg)
+    # What a data set says clearly is left to it.
+    with (
+        pytest.raises(FileNotFoundError, match='none'),
+        checks.naming_empty_data({}, 'training'),
+    ):
+        CustomDataset(data_prefix=f'{tmp_path}/none', pipeline=LOAD)
