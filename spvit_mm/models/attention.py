@@ -240,13 +240,7 @@ class SpatialPriorAttention(GridAttention):
             ValueError: If T does not fit the grid.
         """
         q, k, v = self.project_qkv(x, hw_shape)
-        if omega is None and self.prior is not None:
-            omega = evaluate_priors(
-                self.prior, self.bias_prior, hw_shape, x.device, rescale
-            )
-        elif omega is None or isinstance(omega, torch.Tensor):
-            omega = (omega, None, None)
-        prior, bias, keep = self._combine(*omega)
+        prior, bias, keep = self.score_tables(hw_shape, x.device, omega, rescale)
         out = spatial_prior_attention(
             q,
             k,
@@ -262,8 +256,25 @@ class SpatialPriorAttention(GridAttention):
         )
         return self.merge_heads(out, v)
 
+    def score_tables(self, hw, device=None, omega=None, rescale=None):
+        """What this attention makes of its scores S, by the offset of a pair.
+
+        Arguments as in :meth:`forward`, with the grid (H, W) and where priors without
+        parameters are computed.
+
+        Returns:
+            Tuple[Optional[Tensor], ...]: ``prior``, ``bias`` and ``keep`` of
+            :func:`spvit_mm.ops.spatial_prior_attention`: what multiplies S, what is
+            then added, and which offsets are visible; each (heads or 1, 2H-1, 2W-1),
+            or None where it changes nothing.
+        """
+        if omega is None and self.prior is not None:
+            omega = evaluate_priors(self.prior, self.bias_prior, hw, device, rescale)
+        elif omega is None or isinstance(omega, torch.Tensor):
+            omega = (omega, None, None)
+        return self._combine(*omega)
+
     def _combine(self, omega, theta, keep):
-        """What multiplies the scores and what is added to them, None if neutral."""
         if omega is None or self.combine == 'add':
             bias = None if omega is None else self.strength * (omega - 1)
             return None, bias, keep
