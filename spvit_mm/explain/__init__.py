@@ -15,6 +15,7 @@ from .prior_maps import (
     draw_comparison,
     draw_priors,
     draw_strip,
+    why_no_priors,
     write_gif,
 )
 from .prior_stats import HeadFocus, format_focus, head_focus, write_focus
@@ -56,6 +57,7 @@ __all__ = [
     'head_focus',
     'query_attention',
     'record_attention',
+    'why_no_priors',
     'write_focus',
     'write_gif',
 ]

@@ -1,4 +1,4 @@
-"""Where one patch looks: content, prior and their product, head by head."""
+"""Where one patch looks: content, prior and what they make, head by head."""
 
 from typing import NamedTuple, Optional
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..utils import UserError, new_figure
+from .prior_maps import MASKED
 from .recording import layer_name, record_attention
 
 
@@ -14,15 +15,18 @@ class QueryAttention(NamedTuple):
 
     Attributes:
         layer (str): Which layer, in words.
-        kind (str): 'prior', 'bias', 'gated' or 'vanilla', see
+        kind (str): 'prior', 'bias', 'both', 'gated', 'rotary' or 'vanilla', see
             :class:`~spvit_mm.explain.AttentionMap`.
         content (np.ndarray): Scaled content scores (heads, H, W).
         position (np.ndarray, optional): The prior, bias or positional
-            attention (heads, H, W); None in a vanilla layer.
+            attention (heads, H, W); None in a rotary or vanilla layer.
         scores (np.ndarray, optional): Those that the softmax takes (heads, H,
             W), for SP-SA the product; None for gated attention.
         weights (np.ndarray): The attention (heads, H, W), which with the extra
             tokens' share has sum 1.
+        bias (np.ndarray, optional): What is added for 'both' (heads, H, W).
+        keep (np.ndarray, optional): Which keys are not masked (heads, H, W), bool;
+            None if none is.
     """
 
     layer: str
@@ -31,6 +35,8 @@ class QueryAttention(NamedTuple):
     position: Optional[np.ndarray]
     scores: Optional[np.ndarray]
     weights: np.ndarray
+    bias: Optional[np.ndarray] = None
+    keep: Optional[np.ndarray] = None
 
 
 @torch.no_grad()
@@ -72,7 +78,7 @@ def query_attention(model, image, query: tuple[int, int]):
             if x is None:
                 return None
             x = x[0, :, index, extra:].unflatten(-1, (height, width))
-            return x.float().cpu().numpy()
+            return (x if x.dtype == torch.bool else x.float()).cpu().numpy()
 
         result.append(
             QueryAttention(
@@ -82,24 +88,29 @@ def query_attention(model, image, query: tuple[int, int]):
                 position=read(m.position),
                 scores=read(m.scores),
                 weights=read(m.weights),
+                bias=read(m.bias),
+                keep=read(m.keep),
             )
         )
     return result
 
 
+# The words for content, position, bias, scores and weights; None is not drawn.
 ROWS = {
-    'prior': ('content score', 'prior', 'product', 'attention'),
-    'bias': ('content score', 'bias', 'sum', 'attention'),
-    'gated': ('content score', 'position', None, 'attention'),
-    'vanilla': ('content score', None, None, 'attention'),
+    'prior': ('content score', 'prior', None, 'product', 'attention'),
+    'bias': ('content score', 'bias', None, 'sum', 'attention'),
+    'both': ('content score', 'prior', 'bias', 'product + bias', 'attention'),
+    'gated': ('content score', 'position', None, None, 'attention'),
+    'rotary': ('rotated score', None, None, None, 'attention'),
+    'vanilla': ('content score', None, None, None, 'attention'),
 }
 
 
 def draw_query_attention(attention, query, picture=None, title=''):
     """Draw one layer, a column a head.
 
-    Scores share a diverging scale around 0, the prior one around 1, and the
-    attention one from 0; the frame marks the query.
+    Scores share a diverging scale around 0, the prior has one around 1, and the
+    attention one from 0; the frame marks the query, and grey keys are masked.
 
     Args:
         attention (QueryAttention): One layer of :func:`query_attention`.
@@ -117,10 +128,14 @@ def draw_query_attention(attention, query, picture=None, title=''):
     values = (
         attention.content,
         attention.position,
+        attention.bias,
         attention.scores,
         attention.weights,
     )
     rows = [(n, v) for n, v in zip(names, values, strict=True) if n and v is not None]
+    if attention.keep is not None:
+        content, *others = rows
+        rows = [content, *((n, np.where(attention.keep, v, np.nan)) for n, v in others)]
     heads, height, width = attention.weights.shape
     lead = int(picture is not None)
     cell = 1.5
@@ -129,18 +144,19 @@ def draw_query_attention(attention, query, picture=None, title=''):
     )
     axes = figure.subplots(len(rows), heads + lead, squeeze=False)
     shared = max(
-        (np.abs(v).max() for n, v in rows if n in ('content score', 'product', 'sum')),
-        default=1.0,
+        np.nanmax(np.abs(maps))
+        for name, maps in rows
+        if name not in ('prior', 'bias', 'position', 'attention')
     )
     row, column = query
     for i, (name, maps) in enumerate(rows):
         if name == 'attention' or name == 'position':
-            style = dict(cmap='viridis', vmin=0, vmax=float(maps.max()))
+            style = dict(cmap='viridis', vmin=0, vmax=float(np.nanmax(maps)))
         elif name == 'prior':
-            reach = max(float(np.abs(maps - 1).max()), 1e-3)
+            reach = max(float(np.nanmax(np.abs(maps - 1))), 1e-3)
             style = dict(cmap='PuOr_r', vmin=1 - reach, vmax=1 + reach)
         elif name == 'bias':
-            reach = max(float(np.abs(maps).max()), 1e-3)
+            reach = max(float(np.nanmax(np.abs(maps))), 1e-3)
             style = dict(cmap='PuOr_r', vmin=-reach, vmax=reach)
         else:
             style = dict(cmap='RdBu_r', vmin=-shared, vmax=shared)
@@ -163,6 +179,7 @@ def draw_query_attention(attention, query, picture=None, title=''):
         axes[i, lead].set_ylabel(name)
         for head in range(heads):
             ax = axes[i, lead + head]
+            ax.set_facecolor(MASKED)
             image = ax.imshow(maps[min(head, len(maps) - 1)], **style)
             ax.add_patch(
                 Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec='red', lw=1.5)

@@ -1,26 +1,53 @@
 """The learned priors as maps over the relative offsets."""
 
-from typing import NamedTuple
+import re
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
 
-from ..models import SpatialPrior
+from ..models import SpatialPrior, SpatialPriorAttention
+from ..models.attention import GridAttention
 from ..utils import UserError, figure_to_image, new_figure
+
+# Of offsets that a prior masks, in no colour map used here.
+MASKED = '0.75'
 
 
 class PriorMap(NamedTuple):
     """The priors of one layer.
 
     Attributes:
-        name (str): Which layer, in words.
+        name (str): Which layer, in words, and what the prior does to the scores
+            where the layer has two.
         table (np.ndarray): (heads, 2H-1, 2W-1), entry [h, dy + H-1, dx + W-1]
             is the prior of head h for a key dx to the right of and dy below
-            the query.
+            the query; nan where it is masked.
+        added (bool): Whether the scores are not multiplied by it, but
+            ``strength * (table - 1)`` is added to them. Defaults to False.
     """
 
     name: str
     table: np.ndarray
+    added: bool = False
+
+
+def why_no_priors(model) -> Optional[str]:
+    """Why a model has no spatial prior, in a sentence; None if it has one."""
+    modules = list(model.modules())
+    if any(isinstance(module, SpatialPrior) for module in modules):
+        return None
+    start = f'{type(model).__name__} has no spatial prior: '
+    for module in modules:
+        if isinstance(module, GridAttention):
+            return (
+                f'{start}its position comes from {type(module).__name__}, which is no '
+                'prior that could be shown.'
+            )
+    return (
+        f'{start}no SP-SA layer (is `num_spsa_layers` 0 in its config?), so there is '
+        'nothing to show.'
+    )
 
 
 @torch.no_grad()
@@ -33,13 +60,17 @@ def collect_priors(model, hw=None):
             grid of the priors' training.
 
     Returns:
-        List[PriorMap]: One of each SP-SA layer, in order; a single one where
-        the whole network shares its prior.
+        List[PriorMap]: One of each SP-SA layer, in order, and two where it multiplies
+        by one prior and adds another; those of a single layer where the whole network
+        shares its priors.
 
     Raises:
         UserError: If there is no spatial prior in the model, or no grid is
             known.
     """
+    missing = why_no_priors(model)
+    if missing:
+        raise UserError(missing)
     maps = []
     for name, module in model.named_modules():
         if not isinstance(module, SpatialPrior):
@@ -49,25 +80,37 @@ def collect_priors(model, hw=None):
             raise UserError(
                 f'`hw` is needed: the prior {name!r} does not know its grid.'
             )
-        parts = name.split('.')
+        parent, _, child = name.rpartition('.')
+        parts = parent.split('.')
         layer = 'all layers'
         if 'layers' in parts:
             layer = f'layer {int(parts[parts.index("layers") + 1]) + 1}'
-        maps.append(PriorMap(layer, module(grid).float().cpu().numpy()))
-    if not maps:
-        raise UserError(
-            f'{type(model).__name__} has no spatial prior: no SP-SA layer (is '
-            '`num_spsa_layers` 0 in its config?), so there is nothing to show.'
-        )
+        combine = _combine(model.get_submodule(parent))
+        added = combine == 'add' or child == 'bias_prior'
+        if combine == 'both':
+            layer += ', added' if added else ', multiplied'
+        table, keep = module(grid), module.keep(grid)
+        if keep is not None:
+            table = table.masked_fill(~keep, float('nan'))
+        maps.append(PriorMap(layer, table.float().cpu().numpy(), added))
     return maps
+
+
+def _combine(owner):
+    """How the attention that owns a prior, or is inside its owner, uses it."""
+    for module in owner.modules():
+        if isinstance(module, SpatialPriorAttention):
+            return module.combine
+    return 'multiply'
 
 
 def draw_priors(maps, title='', reach=None):
     """Draw maps, one row a layer and one column a head.
 
-    All share one diverging colour scale whose middle is 1, the neutral prior:
-    above it the attention score of a key at that offset is amplified, below it
-    damped, and under 0 inverted. The cross marks the zero offset, the query.
+    All share one diverging colour scale whose middle is 1, the neutral prior: where
+    it multiplies, the attention score of a key at that offset is amplified above 1,
+    damped below it, and inverted under 0; where it is added, the score is raised above
+    1 and lowered below it. The cross marks the zero offset, the query; grey is masked.
 
     Args:
         maps (List[PriorMap]): From :func:`collect_priors`.
@@ -94,6 +137,16 @@ def draw_comparison(models, title='', reach=None):
         model after those of the other; a layer that one of them lacks is left
         out there.
     """
+    every = [m for maps in models.values() for m in maps]
+    if any(',' in m.name for m in every):
+        models = {
+            name: [_named_by_use(m) for m in maps] for name, maps in models.items()
+        }
+    elif len({m.added for m in every}) > 1:
+        models = {
+            f'{name} (added)' if maps[0].added else name: maps
+            for name, maps in models.items()
+        }
     headings, groups = [], []
     for name, maps in models.items():
         heads = max(len(m.table) for m in maps)
@@ -102,7 +155,7 @@ def draw_comparison(models, title='', reach=None):
             [f'head {h + 1}' for h in range(heads)] if heads > 1 else ['all heads']
         )
     names = dict.fromkeys(m.name for maps in models.values() for m in maps)
-    names = sorted(names, key=lambda n: int(n.split()[-1]) if n[-1].isdigit() else 0)
+    names = sorted(names, key=lambda n: int((re.findall(r'\d+', n) or [0])[0]))
     rows = {}
     for layer in names:
         rows[layer] = []
@@ -110,7 +163,7 @@ def draw_comparison(models, title='', reach=None):
             table = next((m.table for m in maps if m.name == layer), ())
             absent = max(len(m.table) for m in maps) - len(table)
             rows[layer] += [*table, *[None] * absent]
-    return _draw_tables(rows, headings, title, groups, reach)
+    return _draw_tables(rows, headings, title, _bar_label(every), groups, reach)
 
 
 def draw_strip(steps, title=''):
@@ -130,7 +183,8 @@ def draw_strip(steps, title=''):
             for head, table in enumerate(m.table):
                 name = f'{m.name}\nhead {head + 1}' if len(m.table) > 1 else m.name
                 rows.setdefault(name, []).append(table)
-    return _draw_tables(rows, list(steps), title)
+    maps = [m for maps in steps.values() for m in maps]
+    return _draw_tables(rows, list(steps), title, _bar_label(maps))
 
 
 def animate_priors(steps, title='', dpi=80):
@@ -201,11 +255,23 @@ def write_gif(frames, path, seconds=0.6):
 
 def _reach(tables):
     """The largest distance from 1, the neutral prior."""
-    reach = max(float(np.abs(table - 1).max()) for table in tables)
+    reach = max(float(np.nanmax(np.abs(table - 1))) for table in tables)
     return max(reach, 1e-3)  # a neutral model has no range of its own
 
 
-def _draw_tables(rows, headings, title, groups=None, reach=None):
+def _named_by_use(m):
+    """A map beside those of layers that have two: its name says which it is."""
+    use = 'added' if m.added else 'multiplied'
+    return m if ',' in m.name else m._replace(name=f'{m.name}, {use}')
+
+
+def _bar_label(maps):
+    """What the colours mean, as far as it holds for all maps."""
+    added = ', added to the scores\n' if all(m.added for m in maps) else ' '
+    return f'prior{added}(1 = neutral)'
+
+
+def _draw_tables(rows, headings, title, bar_label, groups=None, reach=None):
     """Draw tables (2H-1, 2W-1): ``rows`` maps a label to a table or None for each
     of ``headings``; ``groups`` are further words above the columns."""
     tables = [t for row in rows.values() for t in row if t is not None]
@@ -218,7 +284,7 @@ def _draw_tables(rows, headings, title, groups=None, reach=None):
     reach = reach or _reach(tables)
     image = None
     for i, (label, row) in enumerate(rows.items()):
-        axes[i, 0].set_ylabel(label)
+        axes[i, 0].set_ylabel(label.replace(', ', '\n'))
         for j, (ax, table, heading) in enumerate(
             zip(axes[i], row, headings, strict=True)
         ):
@@ -233,6 +299,7 @@ def _draw_tables(rows, headings, title, groups=None, reach=None):
                 for spine in ax.spines.values():
                     spine.set_visible(False)
                 continue
+            ax.set_facecolor(MASKED)
             down, right = (side // 2 for side in table.shape)
             image = ax.imshow(
                 table,
@@ -244,11 +311,12 @@ def _draw_tables(rows, headings, title, groups=None, reach=None):
             ax.plot(0, 0, '+', color='black', markersize=7)
     shrink = min(0.8, 7 / figure.get_figheight())
     bar = figure.colorbar(image, ax=axes, shrink=shrink, aspect=25)
-    bar.set_label('prior (1 = neutral)')
+    bar.set_label(bar_label)
     figure.suptitle(title, fontsize='medium')
+    grey = '; grey: masked' if any(np.isnan(table).any() for table in tables) else ''
     figure.supxlabel(
         f'key to the left / right of the query (up to {width // 2}), above / below '
-        f'(up to {height // 2})',
+        f'(up to {height // 2}){grey}',
         fontsize='small',
     )
     return figure

@@ -11,10 +11,11 @@ class HeadFocus(NamedTuple):
     """The prior of one head.
 
     The focus is the weight w(r) = f(r) - min f, divided by its sum over all
-    offsets r of the grid (the same for all, where the prior is constant).
+    offsets r of the grid (the same for all, where the prior is constant). Masked
+    offsets count as the head's lowest prior and have no weight.
 
     Attributes:
-        layer (str): Which layer, in words.
+        layer (str): Which layer, in words, and what the prior does there if it has two.
         head (int): Which head, counted from 1.
         low (float): The smallest prior.
         high (float): The largest prior.
@@ -64,6 +65,9 @@ def head_focus(maps) -> list[HeadFocus]:
     result = []
     for m in maps:
         tables = m.table.astype(np.float64)
+        seen = ~np.isnan(tables)
+        lowest = np.nanmin(tables, axis=(1, 2), keepdims=True)
+        tables = np.where(seen, tables, lowest)
         heads, rows, columns = tables.shape
         dy, dx = np.mgrid[:rows, :columns]
         dy, dx = dy - rows // 2, dx - columns // 2
@@ -71,7 +75,7 @@ def head_focus(maps) -> list[HeadFocus]:
         for head, table in enumerate(tables):
             weight = table - table.min()
             if weight.sum() <= 1e-12:
-                weight = np.ones_like(table)
+                weight = seen[head].astype(np.float64)
             weight /= weight.sum()
             radius = float((weight * distance).sum())
             reach = float(distance.mean())
@@ -97,14 +101,15 @@ def head_focus(maps) -> list[HeadFocus]:
 
 def format_focus(focus) -> str:
     """A table of text, one line a head."""
+    width = max([12, *(len(f.layer) for f in focus)])
     lines = [
-        f'{"layer":<12} {"head":>4} {"low":>7} {"high":>7} {"radius":>7} '
+        f'{"layer":<{width}} {"head":>4} {"low":>7} {"high":>7} {"radius":>7} '
         f'{"local":>6} {"right":>6} {"down":>6} {"differs":>8}  direction'
     ]
     for f in focus:
         differs = '-' if math.isnan(f.difference) else f'{f.difference:.3f}'
         lines.append(
-            f'{f.layer:<12} {f.head:>4} {f.low:>7.3f} {f.high:>7.3f} {f.radius:>7.2f} '
+            f'{f.layer:<{width}} {f.head:>4} {f.low:>7.3f} {f.high:>7.3f} {f.radius:>7.2f} '
             f'{f.locality:>6.2f} {f.right:>6.2f} {f.down:>6.2f} {differs:>8}  '
             f'{f.direction}'
         )

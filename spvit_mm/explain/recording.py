@@ -18,6 +18,7 @@ from torch import Tensor
 from ..models import (
     GatedPositionalAttention,
     RelativePositionAttention,
+    RotaryPositionAttention,
     SpatialPriorAttention,
 )
 from ..models.attention import GridAttention
@@ -33,15 +34,21 @@ class AttentionMap:
 
     Attributes:
         name (str): Name of the module in the model.
-        content (Tensor): The scaled content scores, (B, heads, T, T).
+        content (Tensor): The scaled content scores, (B, heads, T, T); for 'rotary'
+            those of the rotated queries and keys.
         position (Tensor, optional): What the position says of each pair, (1 or
             B, heads, T, T), in the sense of ``kind``.
-        kind (str): 'prior' (multiplies the scores), 'bias' (adds to them),
-            'gated' (a positional attention that is mixed in) or 'vanilla'.
+        kind (str): 'prior' (multiplies the scores), 'bias' (adds to them), 'both'
+            (``position`` multiplies, then ``bias`` adds: two priors, or one with a
+            learned ``init_score``), 'gated' (a positional attention that is mixed
+            in), 'rotary' or 'vanilla'.
         weights (Tensor): The attention, (B, heads, T, T), each row of sum 1,
             part of the graph where one is recorded.
         scores (Tensor, optional): Those before the softmax, where there is one
-            softmax alone.
+            softmax alone; minus infinity where a pair is masked.
+        bias (Tensor, optional): What is added for 'both', (1, heads, T, T).
+        keep (Tensor, optional): Which pairs are not masked, (1, heads, T, T), bool;
+            None if none is.
     """
 
     name: str
@@ -50,6 +57,8 @@ class AttentionMap:
     kind: str
     weights: Tensor
     scores: Optional[Tensor] = None
+    bias: Optional[Tensor] = None
+    keep: Optional[Tensor] = None
 
 
 @dataclass
@@ -67,7 +76,7 @@ class Recording:
 
 
 @singledispatch
-def attention_terms(module, q, content, hw, omega):
+def attention_terms(module, q, content, hw, omega, rescale=None):
     """What an attention makes of its content scores.
 
     A new kind of :class:`~spvit_mm.models.attention.GridAttention` can be made
@@ -78,11 +87,13 @@ def attention_terms(module, q, content, hw, omega):
         q (Tensor): Queries (B, heads, T, d).
         content (Tensor): Scaled content scores (B, heads, T, T).
         hw (Tuple[int, int]): The grid (H, W).
-        omega (Tensor, optional): The table of a prior that was handed in.
+        omega (Tensor | Tuple, optional): What a prior that was handed in evaluated to.
+        rescale (Tensor, optional): (2,), factors of the coordinates. Only handed over
+            where there are some, so an attention need not know of it.
 
     Returns:
-        Tuple: ``position``, ``kind``, ``scores`` and ``weights`` of
-        :class:`AttentionMap`.
+        Tuple: ``position``, ``kind``, ``scores``, ``weights`` and, where there are any,
+        ``bias`` and ``keep`` of :class:`AttentionMap`.
     """
     raise UserError(
         f'The attention {type(module).__name__} is not known to record_attention. '
@@ -91,44 +102,63 @@ def attention_terms(module, q, content, hw, omega):
 
 
 @attention_terms.register(SpatialPriorAttention)
-def _(module, q, content, hw, omega):
-    if omega is None and module.prior is not None:
-        omega = module.prior(hw, q.device)
-    if omega is None:
-        return None, 'vanilla', content, content.softmax(dim=-1)
-    extra = module.num_extra_tokens
-    prior = F.pad(expand_prior(omega, hw), (extra, 0, extra, 0), value=1.0)
-    prior = prior.to(content.dtype).expand(module.num_heads, -1, -1)[None]
-    scores = prior * content
-    return prior, 'prior', scores, scores.softmax(dim=-1)
+def _(module, q, content, hw, omega, rescale=None):
+    def pairs(table, neutral):
+        if table is None:
+            return None
+        extra = module.num_extra_tokens
+        table = F.pad(expand_prior(table, hw), (extra, 0, extra, 0), value=neutral)
+        return table.expand(module.num_heads, -1, -1)[None]
+
+    prior, bias, keep = module.score_tables(hw, q.device, omega, rescale)
+    prior, bias, keep = pairs(prior, 1.0), pairs(bias, 0.0), pairs(keep, True)
+    scores = content if prior is None else prior * content
+    scores = scores if bias is None else scores + bias
+    scores = scores if keep is None else scores.masked_fill(~keep, float('-inf'))
+    weights = scores.softmax(dim=-1)
+    if prior is None:
+        kind = 'vanilla' if bias is None else 'bias'
+        return bias, kind, scores, weights, None, keep
+    kind = 'prior' if bias is None else 'both'
+    return prior, kind, scores, weights, bias, keep
+
+
+@attention_terms.register(RotaryPositionAttention)
+def _(module, q, content, hw, omega, rescale=None):
+    return None, 'rotary', content, content.softmax(dim=-1)
 
 
 @attention_terms.register(RelativePositionAttention)
-def _(module, q, content, hw, omega):
-    bias = module.position_scores(q, hw)
+def _(module, q, content, hw, omega, rescale=None):
+    bias = module.position_scores(q, hw, rescale)
     scores = content + bias
     return bias, 'bias', scores, scores.softmax(dim=-1)
 
 
 @attention_terms.register(GatedPositionalAttention)
-def _(module, q, content, hw, omega):
-    table = module.position_scores(hw).to(content.dtype)
+def _(module, q, content, hw, omega, rescale=None):
+    table = module.position_scores(hw, rescale).to(content.dtype)
     extra = module.num_extra_tokens
     position = expand_prior(table, hw).softmax(dim=-1)
     position = F.pad(position, (extra, 0, extra, 0))[None]
-    return position, 'gated', None, module.mix(content, hw)
+    return position, 'gated', None, module.mix(content, hw, rescale)
 
 
-def _recording_forward(module, name, maps, x, hw_shape, omega=None):
+def _recording_forward(module, name, maps, x, hw_shape, omega=None, rescale=None):
     """The forward of a GridAttention, with its map in memory."""
     q, k, v = module.project_qkv(x, hw_shape)
+    if isinstance(module, RotaryPositionAttention):
+        q, k = module.rotate(q, k, hw_shape, rescale)
     content = torch.matmul(q * module.scale, k.transpose(-2, -1))
-    position, kind, scores, weights = attention_terms(
-        module, q, content, hw_shape, omega
-    )
-    maps.append(AttentionMap(name, content, position, kind, weights, scores))
+    terms = (module, q, content, hw_shape, omega)
+    if rescale is not None:
+        terms += (rescale,)
+    position, kind, scores, weights, *more = attention_terms(*terms)
+    maps.append(AttentionMap(name, content, position, kind, weights, scores, *more))
     drop = module.attn_drop if module.training else 0.0
-    return module.merge_heads(torch.matmul(F.dropout(weights, drop), v), v)
+    # Priors are float32 at least, and so are scores and weights that they enter.
+    weights = F.dropout(weights, drop).to(v.dtype)
+    return module.merge_heads(torch.matmul(weights, v), v)
 
 
 def _recording_kernel(name, maps, scale, q, k, v, dropout_p=0.0):

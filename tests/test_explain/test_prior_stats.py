@@ -41,6 +41,25 @@ def test_directions_and_locality():
     assert (single.radius, single.locality) == (0, 0)
 
 
+def test_masked_offsets_have_no_weight():
+    x, y = np.meshgrid(np.arange(-2, 3), np.arange(-1, 2))
+    away = 1 - 3 * np.hypot(x, y)
+    seen = np.where(x >= 0, away, np.nan)
+    flat = np.where(x > 0, -5.0, np.nan)
+    first, second, third = head_focus([PriorMap('', np.stack((away, seen, flat)))])
+    weight = np.where(x >= 0, away - away.min(), 0)
+    weight /= weight.sum()
+    assert second.right == pytest.approx((weight * x).sum())
+    assert second.radius == pytest.approx((weight * np.hypot(x, y)).sum())
+    assert (second.low, second.high) == (first.low, first.high) == (away.min(), 1)
+    assert first.direction == '-'
+    assert second.direction == 'right'
+    # A constant prior is as wide as what is seen of it.
+    assert third.right == pytest.approx(1.5)
+    assert third.low == third.high == -5
+    assert min(f.difference for f in (first, second, third)) > 0.5
+
+
 def test_table_and_csv(tmp_path):
     rng = np.random.default_rng(0)
     focus = head_focus([PriorMap('layer 1', rng.random((2, 5, 5)))])

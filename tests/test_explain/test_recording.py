@@ -1,10 +1,16 @@
+import numpy as np
 import pytest
 import torch
 from mmpretrain.models import VisionTransformer
 from torch import nn
 
-from spvit_mm.explain import query_attention, record_attention
-from spvit_mm.models import SPViT
+from spvit_mm.explain import (
+    attention_terms,
+    draw_query_attention,
+    query_attention,
+    record_attention,
+)
+from spvit_mm.models import GatedPositionalAttention, SPViT
 
 ARCH = dict(embed_dims=16, num_layers=3, num_heads=4, feedforward_channels=16)
 ATTENTIONS = [
@@ -12,7 +18,25 @@ ATTENTIONS = [
     dict(type='GatedPositionalAttention'),
     dict(type='RelativePositionAttention', mode='bias'),
     dict(type='RelativePositionAttention', mode='embedding'),
+    dict(type='RotaryPositionAttention', mode='axial'),
+    dict(type='RotaryPositionAttention', mode='mixed'),
+    dict(type='RotaryPositionAttention', mode='normalized'),
 ]
+VIEWS = ('right', 'up', 'left-down', 'all')
+LOOKHERE = dict(type='LookHereSpatialPrior', views=VIEWS)
+FORMS = {
+    'multiply': dict(),
+    'add': dict(attn_cfg=dict(combine='add', strength=3.0)),
+    'both': dict(attn_cfg=dict(combine='both', strength=0.5)),
+    'score': dict(attn_cfg=dict(init_score=2.0), qkv_bias=False),
+    'both and score': dict(
+        attn_cfg=dict(combine='both', init_score=2.0), qkv_bias=False
+    ),
+    'alibi': dict(attn_cfg=dict(combine='add'), prior=dict(type='ALiBiSpatialPrior')),
+    'lookhere, multiply': dict(prior=LOOKHERE),
+    'lookhere, add': dict(attn_cfg=dict(combine='add'), prior=LOOKHERE),
+    'lookhere, both': dict(attn_cfg=dict(combine='both'), prior=LOOKHERE),
+}
 
 
 def build(attn_cfg=None, **kwargs):
@@ -49,6 +73,111 @@ def test_same_result_and_weights_that_make_it(attn_cfg, cls_token_layer):
         'scaled_dot_product_attention'
     )
     torch.testing.assert_close(model(x)[0], expected)
+
+
+@pytest.mark.parametrize('share', ['none', 'network'])
+@pytest.mark.parametrize('form', FORMS)
+def test_every_form_gives_the_same_result(form, share):
+    model = build(**FORMS[form], share_prior=share, cls_token_layer=1)
+    x = torch.randn(2, 3, 24, 32).double()
+    expected = model(x)[0]
+    with record_attention(model) as recording:
+        torch.testing.assert_close(model(x)[0], expected)
+    recorded = [m.kind for m in recording.maps]
+    kind = 'prior' if 'multiply' in form else 'bias'
+    kind = 'both' if 'both' in form or 'score' in form else kind
+    assert recorded == [kind, kind, 'vanilla']
+    model.switch_to_deploy()
+    with record_attention(model) as recording:
+        torch.testing.assert_close(model(x)[0], expected)
+    assert [m.kind for m in recording.maps] == recorded
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('cls_token_layer', [0, 2])
+def test_every_form_is_its_formula(form, cls_token_layer):
+    """softmax(Omega * (S + c) + strength * (Theta - 1) where visible), pair by pair."""
+    model = build(**FORMS[form], cls_token_layer=cls_token_layer)
+    with record_attention(model) as recording, torch.no_grad():
+        model(torch.randn(1, 3, 24, 32).double())
+        m, attn = recording.maps[1], model.layers[1].attn
+        prior, keep = attn.prior((3, 4)), attn.prior.keep((3, 4))
+        added = attn.bias_prior((3, 4)) if attn.combine == 'both' else prior
+    expected = m.content.clone()
+    extra = expected.shape[-1] - 12
+    for head, i, j in np.ndindex(4, 12, 12):
+        offset = head, j // 4 - i // 4 + 2, j % 4 - i % 4 + 3
+        score = m.content[0, head, i + extra, j + extra]
+        if attn.combine != 'add':
+            c = 0 if attn.score is None else attn.score[head]
+            # less c, since the pairs of the class token have no score of c
+            score = prior[offset] * (score + c) - c
+        if attn.combine != 'multiply':
+            score = score + attn.strength * (added[offset] - 1)
+        if keep is not None and not keep[offset]:
+            score = torch.tensor(-torch.inf)
+            assert m.weights[0, head, i + extra, j + extra] == 0
+            assert not m.keep[0, head, i + extra, j + extra]
+        expected[0, head, i + extra, j + extra] = score
+    torch.testing.assert_close(m.scores, expected)
+    torch.testing.assert_close(m.weights, expected.softmax(-1))
+    assert (m.keep is None) == (keep is None)
+
+
+def test_rotary_scores_are_those_of_rotated_queries_and_keys():
+    model = build(dict(type='RotaryPositionAttention'), cls_token_layer=0)
+    with record_attention(model) as recording, torch.no_grad():
+        model(torch.randn(1, 3, 24, 32).double())
+        attn = model.layers[0].attn
+        tokens = torch.randn(1, 13, 16).double()
+        attn(tokens, (3, 4))
+        q, k, _ = attn.project_qkv(tokens, (3, 4))
+        q, k = attn.rotate(q, k, (3, 4))
+    m = recording.maps[-1]
+    assert (m.kind, m.position) == ('rotary', None)
+    torch.testing.assert_close(m.content, q @ k.transpose(-2, -1) * attn.scale)
+    torch.testing.assert_close(m.weights, m.content.softmax(-1))
+
+
+@pytest.mark.parametrize('share', ['none', 'network'])
+def test_rescaled_coordinates_of_a_training_step(share):
+    forms = [FORMS[name] for name in ('multiply', 'lookhere, both')]
+    forms = [dict(form, share_prior=share) for form in forms]
+    if share == 'none':
+        forms += [dict(attn_cfg=attn_cfg) for attn_cfg in ATTENTIONS]
+    for form in forms:
+        model = build(**form, coords_rescale=4.0, coords_jitter=2.0)
+        x = torch.randn(2, 3, 24, 32).double()
+        plain = model(x)[0]
+        model.train()
+        torch.manual_seed(0)
+        expected = model(x)[0]
+        assert (expected - plain).abs().max() > 1e-4, 'the factors change something'
+        torch.manual_seed(0)
+        with record_attention(model):
+            torch.testing.assert_close(model(x)[0], expected)
+
+
+def test_a_prior_stays_float32_in_a_bfloat16_model():
+    model = build(attn_cfg=dict(combine='add', strength=100.0)).bfloat16()
+    with record_attention(model) as recording, torch.no_grad():
+        out = model(torch.randn(1, 3, 24, 32).bfloat16())[0]
+    assert out.dtype == torch.bfloat16
+    assert recording.maps[0].weights.dtype == torch.float32
+
+
+def test_an_attention_of_ones_own_need_not_know_of_rescale():
+    class Own(GatedPositionalAttention):
+        pass
+
+    @attention_terms.register(Own)
+    def _(module, q, content, hw, omega):
+        return None, 'vanilla', content, content.softmax(-1)
+
+    own = Own(16, 4).double()
+    with record_attention(own) as recording:
+        own(torch.randn(1, 12, 16).double(), (3, 4))
+    assert [m.kind for m in recording.maps] == ['vanilla']
 
 
 @pytest.mark.parametrize('share', ['none', 'heads', 'network'])
@@ -104,3 +233,34 @@ def test_query_attention_reads_the_rows_of_its_patch():
     assert layers[2].position is None
     with pytest.raises(ValueError, match=r'row in 0\.\.2 and a column in 0\.\.3'):
         query_attention(model, x, (3, 0))
+
+
+@pytest.mark.parametrize(
+    ('form', 'rows'),
+    [
+        ('multiply', ['content score', 'prior', 'product', 'attention']),
+        ('lookhere, add', ['content score', 'bias', 'sum', 'attention']),
+        (
+            'lookhere, both',
+            ['content score', 'prior', 'bias', 'product + bias', 'attention'],
+        ),
+        ('rotary', ['rotated score', 'attention']),
+    ],
+)
+def test_picture_of_a_patch_has_a_row_for_each_term(form, rows):
+    rotary = dict(attn_cfg=dict(type='RotaryPositionAttention'))
+    model = build(**FORMS.get(form, rotary), cls_token_layer=0)
+    x = torch.randn(1, 3, 24, 32).double()
+    layer = query_attention(model, x, (1, 2))[0]
+    figure = draw_query_attention(layer, (1, 2))
+    maps = [ax for ax in figure.axes if ax.images and ax.get_label() != '<colorbar>']
+    assert [ax.get_ylabel() for ax in maps[::4]] == rows
+    for name, ax in zip(rows, maps[::4], strict=True):
+        drawn = ax.images[0].get_array()
+        # The first head of LookHere looks to the right: nothing to the left is drawn.
+        hidden = np.ma.getmaskarray(drawn)
+        masked = 'lookhere' in form and not name.startswith('content')
+        assert hidden[:, :2].all() == masked
+        assert not hidden[1, 2:].any()
+        low, high = ax.images[0].get_clim()
+        assert np.isfinite([low, high]).all()

@@ -19,6 +19,12 @@ ATTENTIONS = [
     None,
     dict(type='GatedPositionalAttention'),
     dict(type='RelativePositionAttention'),
+    dict(type='RotaryPositionAttention'),
+    dict(combine='add'),
+    dict(
+        combine='both',
+        prior=dict(type='LookHereSpatialPrior', views=('right', 'up', 'left', 'all')),
+    ),
 ]
 
 
