@@ -125,7 +125,8 @@ class GatedPositionalAttention(GridAttention):
             offsets = offsets * rescale.to(dtype)
         squares = offsets.square().sum(dim=-1, keepdim=True)
         features = torch.cat((squares, offsets), dim=-1)
-        return torch.einsum('hc,yxc->hyx', self.position.to(dtype), features)
+        scores = self.position.to(dtype) @ features.flatten(0, 1).t()
+        return scores.view(-1, *table_size(hw_shape))
 
     def forward(self, x, hw_shape, omega=None, rescale=None):
         """Attend.
@@ -231,7 +232,7 @@ class RelativePositionAttention(GridAttention):
             v,
             attn_mask=self.position_scores(q, hw_shape, rescale).to(q.dtype),
             dropout_p=self.attn_drop if self.training else 0.0,
-            scale=self.scale,
+            scale=self.qk_scale,
         )
         return self.merge_heads(out, v)
 

@@ -152,7 +152,7 @@ class RotaryPositionAttention(GridAttention):
             k,
             v,
             dropout_p=self.attn_drop if self.training else 0.0,
-            scale=self.scale,
+            scale=self.qk_scale,
         )
         return self.merge_heads(out, v)
 
