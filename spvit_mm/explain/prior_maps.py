@@ -41,8 +41,9 @@ def why_no_priors(model) -> Optional[str]:
     for module in modules:
         if isinstance(module, GridAttention):
             return (
-                f'{start}its position comes from {type(module).__name__}, which is no '
-                'prior that could be shown.'
+                f'{start}its position comes from {type(module).__name__}, which has no '
+                'prior to show (tools/visualization/show_attention.py shows where its '
+                'patches look).'
             )
     return (
         f'{start}no SP-SA layer (is `num_spsa_layers` 0 in its config?), so there is '

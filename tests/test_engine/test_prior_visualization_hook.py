@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 
 from spvit_mm.engine import PriorVisualizationHook
 from spvit_mm.explain import collect_priors, head_focus
-from spvit_mm.models import MLPSpatialPrior
+from spvit_mm.models import MLPSpatialPrior, SPViT
 
 from . import tiny
 
@@ -65,7 +65,7 @@ def test_by_iterations(tmp_path):
 def test_a_model_without_priors_trains_and_is_told_once(tmp_path):
     train(tmp_path, layers=0)
     (log,) = (tmp_path / 'work').rglob('*.log')
-    assert log.read_text().count('the model has no spatial prior') == 1
+    assert log.read_text().count('ImageClassifier has no spatial prior') == 1
     pictures, scalars = logged(tmp_path)
     assert not pictures
     assert not scalars
@@ -85,3 +85,28 @@ def test_only_switched_on_things_are_logged(images, scalars):
     hook.before_train(runner)
     assert runner.visualizer.add_image.called == images
     assert runner.visualizer.add_scalars.called == scalars
+
+
+def test_two_priors_of_a_layer_are_two_curves():
+    arch = dict(embed_dims=8, num_layers=3, num_heads=2, feedforward_channels=8)
+    model = SPViT(arch, img_size=32, attn_cfg=dict(combine='both'))
+    hook = PriorVisualizationHook()
+    runner = Mock(model=model, epoch=0)
+    hook.before_train(runner)
+    (values, step), _ = runner.visualizer.add_scalars.call_args
+    assert step == 0
+    assert {name.split('/')[1] for name in values} == {
+        f'layer1_{use}_head{head}' for use in ('multiplied', 'added') for head in (1, 2)
+    }
+
+
+def test_a_model_whose_position_is_no_prior_is_told_so():
+    arch = dict(embed_dims=8, num_layers=3, num_heads=2, feedforward_channels=8)
+    model = SPViT(arch, img_size=32, attn_cfg=dict(type='RotaryPositionAttention'))
+    hook = PriorVisualizationHook()
+    runner = Mock(model=model, epoch=0)
+    hook.before_train(runner)
+    hook.after_train_epoch(runner)
+    (message,), _ = runner.logger.warning.call_args
+    assert 'position comes from RotaryPositionAttention' in message
+    assert not runner.visualizer.add_image.called

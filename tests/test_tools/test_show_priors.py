@@ -45,6 +45,16 @@ def test_draws_beside_the_checkpoint(checkpoint, capsys):
     assert f'3 SP-SA layers are drawn in {out}' in capsys.readouterr().out
 
 
+def test_two_priors_of_a_layer(checkpoint, tmp_path, capsys):
+    config = tmp_path / 'both.py'
+    both = "model = dict(backbone=dict(attn_cfg=dict(combine='both')))"
+    config.write_text(f"_base_ = '{CONFIG}'\n{both}\n")
+    show_priors(config, checkpoint(config))
+    printed = capsys.readouterr().out
+    assert 'layer 2, added' in printed
+    assert 'The priors of 3 SP-SA layers are drawn' in printed
+
+
 def test_draws_for_another_grid(checkpoint, tmp_path):
     show_priors(CONFIG, checkpoint(CONFIG), '--grid', 3, 8, '--out', tmp_path / 'p.png')
     assert (tmp_path / 'p.png').is_file()

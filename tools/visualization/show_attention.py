@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Show where one patch of an image looks: content score, prior, product and
-attention of every head, one PNG a layer."""
+"""Show where one patch of an image looks: content score, prior, their product or sum,
+and attention of every head, one PNG a layer."""
 
 import os
 import os.path as osp

@@ -97,7 +97,8 @@ def main(argv: list) -> None:
     focus = head_focus(maps)
     print(format_focus(focus))
     write_focus(osp.splitext(out)[0] + '.csv', focus)
-    print(f'The priors of {len(maps)} SP-SA layers are drawn in {out}')
+    layers = {m.name.partition(',')[0] for m in maps}
+    print(f'The priors of {len(layers)} SP-SA layers are drawn in {out}')
 
 
 def load_maps(config, checkpoint, grid):

@@ -4,8 +4,7 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmpretrain.registry import HOOKS
 
-from ...explain import collect_priors, draw_priors, head_focus
-from ...models import SpatialPrior
+from ...explain import collect_priors, draw_priors, head_focus, why_no_priors
 from ...utils import figure_to_image, unwrap_model
 
 
@@ -17,7 +16,9 @@ class PriorVisualizationHook(Hook):
     (files, TensorBoard, WandB, ..) as one image ``priors``, and each head's
     focus as the scalars ``prior/layer1_head1/radius`` (effective radius in
     patches), ``.../locality``, ``.../right``, ``.../down`` and, where a layer
-    has several, ``.../difference`` (see :class:`spvit_mm.explain.HeadFocus`).
+    has several, ``.../difference`` (see :class:`spvit_mm.explain.HeadFocus`). Where a
+    layer multiplies by one prior and adds another, the names begin with
+    ``prior/layer1_multiplied_head1`` and ``prior/layer1_added_head1``.
     The step is the epoch, or the iteration with ``by_epoch=False``; 0 is the
     start of training. A model without priors, such as the baseline of the same
     config, trains all the same: one line of the log says that there is nothing to
@@ -59,14 +60,12 @@ class PriorVisualizationHook(Hook):
 
     def before_train(self, runner) -> None:
         """Log the start, which also tells at once if there is nothing to log."""
-        model = unwrap_model(runner.model)
-        self.active = any(isinstance(m, SpatialPrior) for m in model.modules())
+        missing = why_no_priors(unwrap_model(runner.model))
+        self.active = missing is None
         if self.active:
             self.log(runner, runner.epoch if self.by_epoch else runner.iter)
         else:
-            runner.logger.warning(
-                'PriorVisualizationHook logs nothing: the model has no spatial prior.'
-            )
+            runner.logger.warning(f'PriorVisualizationHook logs nothing: {missing}')
 
     def after_train_epoch(self, runner) -> None:
         if not self.active:
@@ -100,7 +99,8 @@ class PriorVisualizationHook(Hook):
         """The scalars of all heads."""
         values = {}
         for focus in head_focus(maps):
-            name = f'prior/{focus.layer.replace(" ", "")}_head{focus.head}'
+            layer = focus.layer.replace(', ', '_').replace(' ', '')
+            name = f'prior/{layer}_head{focus.head}'
             for key in ('radius', 'locality', 'right', 'down', 'difference'):
                 value = getattr(focus, key)
                 if value == value:  # nan: the layer's only prior
