@@ -1,4 +1,8 @@
-"""Binarised priors, the paper's outlook: every head keeps some offsets, no more."""
+"""Binarised priors, the paper's outlook: every head keeps some offsets, no more.
+
+Which ones, the prior ranks that multiplies the scores or, where there is none, the one
+that is added to them; with both, the one that is added is kept but ranks nothing.
+"""
 
 from typing import NamedTuple
 
@@ -14,17 +18,18 @@ CRITERIA = ('offsets', 'mass')
 
 
 class BinarizedAttention(nn.Module):
-    """SP-SA over the offsets that are kept; the others are masked.
+    """Attention with spatial priors over the offsets that are kept; the others are masked.
 
     It takes the place of the attention that it holds, in a model that is
     measured or fine-tuned.
 
     Args:
         attn (SpatialPriorAttention): The attention; its parameters stay its own.
-        keep (Tensor): (heads, 2H-1, 2W-1), bool, with the zero offset.
+        keep (Tensor): (heads, 2H-1, 2W-1), bool, with the zero offset. What the prior
+            itself masks is never kept.
         hw (Tuple[int, int]): The grid (H, W) of ``keep``, the only one taken.
-        ones (bool): Whether the kept offsets take prior 1 in place of the
-            learned one. Defaults to False.
+        ones (bool): Whether the kept offsets take prior 1, which is neutral, in place
+            of what was learned. Defaults to False.
         impl (str): The kernel, see
             :func:`~spvit_mm.ops.spatial_prior_attention`; 'dense' is another name
             of 'eager' and 'block' of 'flex', whose BlockMask alone skips what is
@@ -43,25 +48,25 @@ class BinarizedAttention(nn.Module):
         self.ones = ones
         self.attn_impl = {'dense': 'eager', 'block': 'flex'}.get(impl, impl)
 
-    def forward(self, x, hw_shape, omega=None):
+    def forward(self, x, hw_shape, omega=None, rescale=None):
         if tuple(hw_shape) != self.hw:
             raise UserError(
                 f'The masks are for a grid of {self.hw[0]} x {self.hw[1]} patches, and '
                 f'the image has {hw_shape[0]} x {hw_shape[1]}. Binarise for that grid.'
             )
         attn = self.attn
+        prior, bias, visible = attn.score_tables(hw_shape, x.device, omega, rescale)
         if self.ones:
-            omega = None
-        elif omega is None and attn.prior is not None:
-            omega = attn.prior(hw_shape, x.device)
+            prior = bias = None
         q, k, v = attn.project_qkv(x, hw_shape)
         out = spatial_prior_attention(
             q,
             k,
             v,
-            omega,
+            prior,
             hw_shape,
-            keep=self.keep,
+            bias=bias,
+            keep=self.keep if visible is None else self.keep & visible,
             scale=attn.scale,
             num_extra_tokens=attn.num_extra_tokens,
             dropout_p=attn.attn_drop if self.training else 0.0,
@@ -74,7 +79,9 @@ class OffsetMass(NamedTuple):
     """Where a layer's attention lies on average.
 
     Attributes:
-        table (Tensor): The priors (heads, 2H-1, 2W-1).
+        table (Tensor): What ranks the offsets, (heads, 2H-1, 2W-1): the prior that
+            multiplies the scores or, where none does, what is added to them; minus
+            infinity where the prior masks.
         mass (Tensor): The attention between patches by their offset, (heads,
             2H-1, 2W-1), each head of sum 1.
     """
@@ -85,7 +92,7 @@ class OffsetMass(NamedTuple):
 
 @torch.no_grad()
 def offset_mass(model, batches):
-    """Measure the attention of every SP-SA layer by offset.
+    """Measure the attention of every layer with spatial priors by offset.
 
     Args:
         model (nn.Module): An image classifier or backbone.
@@ -106,12 +113,16 @@ def offset_mass(model, batches):
                 raise UserError('All images must have one size to be binarised for.')
             grid = recording.grid
             for m in recording.maps:
-                if m.kind != 'prior':
+                attn = model.get_submodule(m.name)
+                if m.position is None or not isinstance(attn, SpatialPriorAttention):
                     continue
                 extra = m.weights.shape[-1] - grid[0] * grid[1]
                 pairs = m.weights[:, :, extra:, extra:].sum(0)
                 masses[m.name] = masses.get(m.name, 0) + fold_pairs(pairs, grid)
-                tables[m.name] = pick_offsets(m.position[0, :, extra:, extra:], grid)
+                ranks = m.position
+                if m.keep is not None:
+                    ranks = ranks.masked_fill(~m.keep, float('-inf'))
+                tables[m.name] = pick_offsets(ranks[0, :, extra:, extra:], grid)
     if not masses:
         raise UserError(
             f'{type(model).__name__} has no SP-SA layer, or no image was given: there '
@@ -150,11 +161,11 @@ def keep_offsets(table, mass, share, by='offsets'):
     """Which offsets a head keeps: those of the largest prior.
 
     From the largest on, offsets are taken until they make up ``share`` of all
-    offsets, or of the attention mass. The zero offset is always kept, so that
-    no query is left without a key.
+    offsets that the prior does not mask, or of the attention mass. The zero offset is
+    always kept, so that no query is left without a key.
 
     Args:
-        table (Tensor): Priors (heads, 2H-1, 2W-1).
+        table (Tensor): What ranks them, as of :class:`OffsetMass`, (heads, 2H-1, 2W-1).
         mass (Tensor): The attention's mass by offset, of the same shape and sum
             1 a head.
         share (float): In (0, 1].
@@ -170,24 +181,26 @@ def keep_offsets(table, mass, share, by='offsets'):
         raise ValueError(f'`share` must lie in (0, 1], got {share}.')
     if by not in CRITERIA:
         raise ValueError(f'`by` must be one of {CRITERIA}, got {by!r}.')
+    visible = table > float('-inf')
     if share == 1:
-        return torch.ones_like(table, dtype=torch.bool)
+        return visible
     order = table.flatten(1).argsort(dim=1, descending=True, stable=True)
     if by == 'offsets':
-        taken = torch.full_like(table.flatten(1), 1 / order.shape[1])
+        taken = visible.flatten(1).to(table).gather(1, order)
+        taken = taken / taken.sum(dim=1, keepdim=True)
     else:
         taken = mass.flatten(1).to(table).gather(1, order)
     # An offset is taken while those before it have not reached the share.
     before = taken.double().cumsum(1) - taken.double()
     keep = torch.zeros_like(order, dtype=torch.bool)
     keep.scatter_(1, order, before < share - 1e-9)
-    keep = keep.view_as(table)
+    keep = keep.view_as(table) & visible
     keep[:, table.shape[1] // 2, table.shape[2] // 2] = True
     return keep
 
 
 def binarize(model, masses, hw, share, by='offsets', ones=False, impl='auto'):
-    """Binarise every SP-SA layer of a model, in place.
+    """Binarise every layer of a model that was measured, in place.
 
     Args:
         model (nn.Module): The model that ``masses`` was measured on.
@@ -196,7 +209,7 @@ def binarize(model, masses, hw, share, by='offsets', ones=False, impl='auto'):
         share (float): See :func:`keep_offsets`.
         by (str): See :func:`keep_offsets`. Defaults to 'offsets'.
         ones (bool): Whether kept offsets take prior 1. Defaults to False.
-        impl (str): The kernel of the masks. Defaults to 'auto'.
+        impl (str): As of :class:`BinarizedAttention`. Defaults to 'auto'.
 
     Returns:
         Tuple[float, float]: The shares of offsets and of attention mass that

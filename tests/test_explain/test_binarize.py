@@ -1,4 +1,5 @@
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -13,9 +14,18 @@ from spvit_mm.explain import (
     record_attention,
 )
 from spvit_mm.models import SPViT
-from spvit_mm.ops import flex
+from spvit_mm.ops import expand_prior, flex
 
 HW = (2, 3)
+LOOKHERE = dict(type='LookHereSpatialPrior', views=('right', 'all'))
+FORMS = {
+    'add': dict(attn_cfg=dict(combine='add', strength=2.0)),
+    'both': dict(attn_cfg=dict(combine='both')),
+    'score': dict(attn_cfg=dict(init_score=2.0), qkv_bias=False),
+    'masked product': dict(prior=LOOKHERE),
+    'masked sum': dict(attn_cfg=dict(combine='add'), prior=LOOKHERE),
+    'masked both': dict(attn_cfg=dict(combine='both'), prior=LOOKHERE),
+}
 
 
 def build(**kwargs):
@@ -72,6 +82,79 @@ def test_keeping_everything_changes_nothing(share_prior):
     expected = model(x)[0]
     assert binarize(model, *offset_mass(model, [x]), 1.0) == pytest.approx((1, 1))
     torch.testing.assert_close(model(x)[0], expected)
+
+
+@pytest.mark.parametrize('share_prior', ['none', 'network'])
+@pytest.mark.parametrize('form', FORMS)
+def test_every_form_stays_as_it_is_with_all_offsets(form, share_prior):
+    model = build(**FORMS[form], share_prior=share_prior, coords_rescale=2.0)
+    x = torch.randn(2, 3, 16, 24).double()
+    expected = model(x)[0]
+    torch.manual_seed(0)
+    rescaled = model.train()(x)[0]
+    model.eval()
+    offsets, mass = binarize(model, *offset_mass(model, [x]), 1.0)
+    assert mass == pytest.approx(1)
+    assert (offsets < 0.8) == ('masked' in form)
+    torch.testing.assert_close(model(x)[0], expected)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model.train()(x)[0], rescaled)
+
+
+def test_the_prior_of_the_product_ranks_else_that_of_the_sum():
+    x = torch.randn(2, 3, 16, 24).double()
+    product = build(**FORMS['both'])
+    ranks, _ = offset_mass(product, [x])[0]['layers.1.attn']
+    torch.testing.assert_close(ranks, product.layers[1].attn.prior(HW).detach())
+    added = build(**FORMS['add'])
+    ranks, _ = offset_mass(added, [x])[0]['layers.1.attn']
+    bias = 2 * (added.layers[1].attn.prior(HW).detach() - 1)
+    torch.testing.assert_close(ranks, bias)
+    # A bias that is no spatial prior is not measured.
+    with pytest.raises(ValueError, match='no prior to binarise'):
+        offset_mass(build(attn_cfg=dict(type='RelativePositionAttention')), [x])
+    with pytest.raises(ValueError, match='no prior to binarise'):
+        offset_mass(build(attn_cfg=dict(type='RotaryPositionAttention')), [x])
+
+
+@pytest.mark.parametrize('form', [name for name in FORMS if 'masked' in name])
+@pytest.mark.parametrize('share', [0.5, 1.0])
+@pytest.mark.parametrize('ones', [False, True])
+def test_what_the_prior_masks_stays_masked(form, share, ones):
+    model = build(**FORMS[form])
+    x = torch.randn(2, 3, 16, 24).double()
+    binarize(model, *offset_mass(model, [x]), share, ones=ones)
+    layer = model.layers[0].attn
+    visible = layer.attn.prior.keep(HW)
+    assert not (layer.keep & ~visible).any()
+    counts = visible.sum((1, 2)).tolist()
+    kept = [math.ceil(share * count) for count in counts]
+    assert layer.keep.sum((1, 2)).tolist() == kept
+    # Also where it was made of other offsets.
+    everywhere = torch.ones_like(visible)
+    layer = BinarizedAttention(layer.attn, everywhere, HW, ones=ones)
+    visible_only = BinarizedAttention(layer.attn, visible, HW, ones=ones)
+    tokens = torch.randn(2, 6, 8).double()
+    torch.testing.assert_close(layer(tokens, HW), visible_only(tokens, HW))
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_ones_are_neutral(form):
+    """Vanilla attention over what is kept, however the prior enters."""
+    model = build(**FORMS[form])
+    attn = model.layers[0].attn
+    keep = torch.ones(2, 3, 5, dtype=torch.bool)
+    keep[1, :, 0] = False
+    layer = BinarizedAttention(attn, keep, HW, ones=True)
+    tokens = torch.randn(2, 6, 8).double()
+    q, k, v = attn.project_qkv(tokens, HW)
+    scores = q @ k.transpose(-2, -1) * attn.scale
+    visible = attn.prior.keep(HW)
+    keep = keep if visible is None else keep & visible
+    pairs = expand_prior(keep, HW)
+    weights = scores.masked_fill(~pairs, -torch.inf).softmax(-1)
+    expected = attn.merge_heads(weights @ v, v)
+    torch.testing.assert_close(layer(tokens, HW), expected)
 
 
 @pytest.mark.skipif(flex.flex_attention is None, reason='torch < 2.5 has none')

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Keep for every head the offsets with the largest prior, mask the others, and
-measure the accuracy against what is kept; with --finetune also after some epochs."""
+measure the accuracy against what is kept; with --finetune also after some epochs. Where
+a layer multiplies by one prior and adds another, the one that multiplies ranks."""
 
 import csv
 import os.path as osp
