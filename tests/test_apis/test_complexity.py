@@ -44,28 +44,56 @@ def test_a_counter_that_is_there_stays():
     assert info['flops'] == 1 * 2 * 2 * 6
 
 
+ARCH = dict(embed_dims=24, num_layers=4, num_heads=3, feedforward_channels=48)
+# One layer's MLP prior takes two products over the offsets of a grid of 4 x 6.
+PRIOR = 3 * 32 * (7 * 11) * (3 + 1)
+VIEWS = ('right', 'down', 'all')
+
+
+def count(**kwargs):
+    model = SPViT(ARCH, img_size=(32, 48), patch_size=8, cls_token_layer=0, **kwargs)
+    info = get_model_complexity_info(
+        model.eval(), (3, 32, 48), show_arch=False, show_table=False
+    )
+    return info['flops']
+
+
 @pytest.mark.parametrize('grad', [True, False])
-def test_every_kernel_counts_alike(grad):
+@pytest.mark.parametrize(
+    ('combine', 'priors', 'kernels'),
+    [
+        ('multiply', 1, ('eager', 'chunked', 'auto')),
+        ('add', 1, ('eager', 'chunked', 'sdpa', 'auto')),
+        ('both', 2, ('eager', 'chunked', 'auto')),
+    ],
+)
+def test_every_form_and_kernel_counts_alike(grad, combine, priors, kernels):
     """Attention products: 2 N N C multiply-adds a layer, spatial or vanilla."""
 
-    def count(**kwargs):
-        arch = dict(embed_dims=24, num_layers=4, num_heads=3, feedforward_channels=48)
-        model = SPViT(
-            arch, img_size=(32, 48), patch_size=8, cls_token_layer=0, **kwargs
-        )
-        with torch.set_grad_enabled(grad):
-            info = get_model_complexity_info(
-                model.eval(), (3, 32, 48), show_arch=False, show_table=False
-            )
-        return info
-
     def by_kernel(impl):
-        attn_cfg = dict(type='SpatialPriorAttention', attn_impl=impl)
-        return count(num_spsa_layers=3, attn_cfg=attn_cfg)['flops']
+        attn_cfg = dict(combine=combine, attn_impl=impl)
+        return count(num_spsa_layers=3, attn_cfg=attn_cfg)
 
-    flops = {impl: by_kernel(impl) for impl in ('eager', 'chunked', 'auto')}
-    assert len(set(flops.values())) == 1, flops
-    # The prior takes two products over its offsets, and nothing else comes on top.
-    offsets, hidden = 7 * 11, 32
-    prior = 3 * (3 * hidden) * offsets * (3 + 1)
-    assert flops['auto'] == count(num_spsa_layers=0)['flops'] + prior
+    with torch.set_grad_enabled(grad):
+        flops = {impl: by_kernel(impl) for impl in kernels}
+        plain = count(num_spsa_layers=0)
+    # The priors' own products, and nothing else, come on top.
+    assert flops == dict.fromkeys(kernels, plain + 3 * priors * PRIOR)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'products'),
+    [
+        *(
+            (dict(attn_cfg=dict(type='RotaryPositionAttention', mode=mode)), 0)
+            for mode in ('axial', 'mixed', 'normalized')
+        ),
+        (dict(attn_cfg=dict(combine='add'), prior=dict(type='ALiBiSpatialPrior')), 0),
+        (dict(attn_cfg=dict(combine='add'), prior=dict(type='KERPLESpatialPrior')), 0),
+        # The direction of each head with each offset.
+        (dict(prior=dict(type='LookHereSpatialPrior', views=VIEWS)), 3 * 2 * (7 * 11)),
+    ],
+)
+def test_fixed_positions_cost_no_more_than_their_own_products(kwargs, products):
+    plain = count(num_spsa_layers=0)
+    assert count(num_spsa_layers=3, **kwargs) == plain + 3 * products
