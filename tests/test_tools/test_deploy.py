@@ -168,14 +168,44 @@ GATED = CONFIG.replace(
 )
 
 
-@pytest.mark.parametrize('text', [SEGMENTOR, GATED])
-def test_onnx_of_other_models(tmp_path, text):
-    config, checkpoint = tmp_path / 'tiny.py', tmp_path / 'tiny.pth'
+ROTARY = GATED.replace(
+    "'GatedPositionalAttention', init='random'", "'RotaryPositionAttention'"
+)
+ADD = CONFIG.replace('with_peg=True,', "attn_cfg=dict(combine='add', strength=2.0),")
+# Two priors of each layer, which mask, and a learned score.
+BOTH = CONFIG.replace(
+    'with_peg=True,',
+    """
+        attn_cfg=dict(combine='both', init_score=1.0), qkv_bias=False,
+        prior=dict(type='LookHereSpatialPrior', views=('right', 'up')),""",
+)
+
+
+def save_random(folder, text):
+    """(config, checkpoint, model) of a config with nothing neutral in it."""
+    config, checkpoint = folder / 'tiny.py', folder / 'tiny.pth'
     config.write_text(text)
     model = build_model(load_config(str(config))).eval()
     for param in model.parameters():
         torch.nn.init.normal_(param, std=0.2)
     torch.save(model.state_dict(), checkpoint)
+    return config, checkpoint, model
+
+
+@pytest.mark.parametrize('text', [ADD, BOTH])
+def test_all_that_meets_the_scores_is_folded(tmp_path, text):
+    config, checkpoint, model = save_random(tmp_path, text)
+    out = tmp_path / 'deployed.pth'
+    command(REPARAMETERIZE, config, checkpoint, out, '--grid', 3, 5)
+    cfg = load_config(str(config), {'model.backbone.deploy': True})
+    deployed, _ = load_trained_model(cfg, str(out))
+    images = torch.randn(2, 3, 24, 40)
+    assert torch.equal(logits(deployed, images), logits(model, images))
+
+
+@pytest.mark.parametrize('text', [SEGMENTOR, GATED, ROTARY, BOTH])
+def test_onnx_of_other_models(tmp_path, text):
+    config, checkpoint, model = save_random(tmp_path, text)
     shape = ('--shape', 24, 40, '--dynamic-batch')
     command(EXPORT, config, checkpoint, tmp_path / 'tiny.onnx', *shape)
     images = torch.randn(3, 3, 24, 40)
