@@ -216,8 +216,10 @@ def _refusal(path, error, plain):
     if isinstance(error, pickle.UnpicklingError):
         asked = re.search(r'(?:GLOBAL|Unsupported class) ([\w.]+)', reason)
         odd = re.search(r'(?:Unsupported|Can only|Trying to|Only) [^\n]*', reason)
+        if odd is None:
+            return _damage(path, error)
         if asked is None:
-            reason = f'its pickle is none of torch.save ({odd[0] if odd else reason})'
+            reason = f'its pickle is none of torch.save ({odd[0]})'
         elif asked[1] in ALLOWED and not CAN_ALLOW:
             reason = f'for `{asked[1]}` it takes PyTorch 2.4 or newer'
         else:
