@@ -12,21 +12,27 @@ from typing import Optional
 import torch.distributed as dist
 from mmengine.config import DictAction
 
-from ..utils import UserError, describe_error
+from ..utils import UserError, describe_error, safe_loader
 
 TRACEBACK = 'SPVIT_MM_TRACEBACK'
+TRUST = '--trust-checkpoint'
 
 
 def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
     """Run a command line; a user's mistake is one message and exit code 2.
+
+    Checkpoints are opened without running what they hold, unless the arguments say
+    ``--trust-checkpoint``.
 
     Args:
         main (callable): Takes the list of arguments.
         prog (str): Name of the command, put before the message.
         argv (list, optional): The arguments. Defaults to those of the process.
     """
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        with safe_loader(trust=TRUST in argv):
+            main(argv)
     except UserError as error:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
@@ -70,7 +76,19 @@ def building(what: str):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose ``key=value`` options end in a usage error as well."""
+    """A parser of our commands, all of which may be told to trust a checkpoint.
+
+    Its ``key=value`` options end in a usage error as well.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_argument(
+            TRUST,
+            action='store_true',
+            help='open checkpoints with full pickle, which runs whatever code a file '
+            'holds: for files whose author you trust (default: refuse such a file)',
+        )
 
     def parse_args(self, args=None, namespace=None):
         try:

@@ -2,7 +2,6 @@
 
 import os
 import os.path as osp
-import zipfile
 from glob import escape, glob
 from typing import Optional
 
@@ -13,7 +12,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 
 from ..engine.hooks.load_report import reporting_loads
-from ..utils import UserError, describe_error
+from ..utils import UserError, check_checkpoint_file, describe_error
 from .cli import building
 
 
@@ -106,14 +105,7 @@ def check_checkpoint(path: str) -> None:
         raise UserError(
             f'The checkpoint {path} does not exist (seen from {os.getcwd()}).'
         )
-    if not zipfile.is_zipfile(path):
-        with open(path, 'rb') as file:
-            start = file.read(1)
-        if start != b'\x80':  # a pickle, as torch < 1.6 wrote them
-            raise UserError(
-                f'{path} ({osp.getsize(path)} bytes) is not a checkpoint, or only a '
-                'part of one.'
-            )
+    check_checkpoint_file(path)
 
 
 def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, dict]:

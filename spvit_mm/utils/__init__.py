@@ -1,6 +1,6 @@
 """What every other part may use: errors, files, checkpoints, figures, the ModelHub."""
 
-from .checkpoint import read_checkpoint, safe_loader
+from .checkpoint import check_checkpoint_file, read_checkpoint, safe_loader
 from .errors import (
     CheckpointError,
     CorruptImageError,
@@ -19,6 +19,7 @@ __all__ = [
     'LabelMapError',
     'UnsafeCheckpointError',
     'UserError',
+    'check_checkpoint_file',
     'check_new_file',
     'describe_error',
     'figure_to_image',

@@ -169,7 +169,7 @@ def read_checkpoint(path, trust=False, plain=False):
             file is then not opened in any other way.
     """
     path = Path(path).expanduser()
-    _check_kind(path)
+    check_checkpoint_file(path)
     try:
         if trust:
             return torch.load(path, map_location='cpu', weights_only=False)
@@ -244,8 +244,13 @@ def _damage(path, error):
     )
 
 
-def _check_kind(path):
-    """Raise a CheckpointError that says what ``path`` is, if no checkpoint."""
+def check_checkpoint_file(path):
+    """Raise a CheckpointError that says what ``path`` is, if no checkpoint.
+
+    Args:
+        path (str | Path): The file; its first bytes and its table of contents are read.
+    """
+    path = Path(path).expanduser()
     if not path.is_file():
         what = 'is a directory, not a file' if path.is_dir() else 'does not exist'
         raise CheckpointError(f'`{path}` {what}.')

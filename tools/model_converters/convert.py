@@ -45,23 +45,17 @@ def parse_args(argv: list):
     )
     parser.add_argument('--test-crop', type=float, help='of the config')
     parser.add_argument('--force', action='store_true', help='overwrite OUT')
-    parser.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        dest='trust',
-        help='open SRC with pickle, which runs whatever code is in it',
-    )
     return parser.parse_args(argv)
 
 
 def main(argv: list) -> None:
     args = vars(parse_args(argv))
     files = {
-        name: args.pop(name)
-        for name in ('src', 'out', 'source', 'target', 'force', 'trust')
+        name: args.pop(name) for name in ('src', 'out', 'source', 'target', 'force')
     }
+    trust = args.pop('trust_checkpoint')
     try:
-        convert_file(**files, options=Options(**args))
+        convert_file(**files, options=Options(**args), trust=trust)
     except OSError as error:
         raise UserError(str(error)) from error
 
