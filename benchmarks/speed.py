@@ -419,6 +419,8 @@ def measure(case: Case, args) -> list[dict]:
         timers[name] = Timer(
             'run()', globals={'run': run}, num_threads=args.threads, **clock
         )
+    if not timers:
+        return []
     times = time_in_turns(timers, args.repeats, LEAST)
     timers.clear()
     memory = {}
@@ -661,8 +663,9 @@ def parse_args(argv=None):
     add('--cases', text, nargs='+', default=[])
     add('--dtypes', nargs='+', choices=list(DTYPES), default=['fp32'])
     text = 'contestants; by default all that serve on the device'
-    names = [name for part in PARTS.values() for name in part.names]
-    add('--names', text, nargs='+', choices=names)
+    # A part without a builder starts all of its contestants.
+    names = [name for part in PARTS.values() if part.build for name in part.names]
+    add('--names', text, nargs='+', choices=list(dict.fromkeys(names)))
     add('--device', choices=['cpu', 'cuda'], default='cpu')
     add('--threads', type=int, default=torch.get_num_threads())
     add('--repeats', 'rounds (default: 7, or 4 of --short)', type=int)

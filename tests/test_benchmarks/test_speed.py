@@ -74,13 +74,18 @@ def test_bad_options(argv, words, capsys):
 
 def test_layer_part(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, 'LEAST', 0)
-    argv = ['--part', 'layer', '--grids', '3', '4', '--repeats', '2', '--no-memory']
+    argv = ['--part', 'layer', 'model', '--grids', '3', '4', '--repeats', '2']
+    names = [name for name in speed.LAYERS if name != 'flex']
+    argv += ['--no-memory', '--names', *names]  # and none of 'model'
     monkeypatch.setattr(sys, 'argv', ['speed.py', *argv])
     speed.main([*argv, '--out-dir', str(tmp_path), '--threads', '1'])
     with open(tmp_path / 'speed.csv') as file:
         rows = list(csv.DictReader(file))
-    names = [name for name in speed.LAYERS if name != 'flex']
+    assert {row['part'] for row in rows} == {'layer'}
     assert [row['name'] for row in rows] == names * 4
+    assert {(row['mode'], row['tokens']) for row in rows} == {
+        (mode, tokens) for mode in ('infer', 'train') for tokens in ('9', '16')
+    }
     for row in rows:
         assert float(row['ms']) > 0
         assert row['name'] != 'sdpa' or float(row['ratio']) == 1
