@@ -151,6 +151,7 @@ class GatedPositionalAttention(GridAttention):
 
     def mix(self, scores, hw_shape, rescale=None):
         """A_h (B, heads, T, T) of the scaled content scores (B, heads, T, T)."""
+        hw_shape = _numbers(hw_shape)
         with torch.autocast(scores.device.type, enabled=False):
             dtype = compute_dtype(scores.dtype)
             content = scores.to(dtype).softmax(dim=-1)
@@ -238,6 +239,7 @@ class RelativePositionAttention(GridAttention):
 
     def position_scores(self, q, hw_shape, rescale=None):
         """What is added to the scaled scores, (B or 1, heads, T, T)."""
+        hw_shape = _numbers(hw_shape)
         table = resize_table(self.table, hw_shape, self.coords, rescale)
         extra = self.num_extra_tokens
         if self.mode == 'bias':
@@ -245,6 +247,11 @@ class RelativePositionAttention(GridAttention):
         else:
             scores = relative_scores(q[:, :, extra:] * self.scale, table, hw_shape)
         return F.pad(scores, (extra, 0, extra, 0))
+
+
+def _numbers(hw):
+    """The grid as numbers in a trace, too: torch < 2.5 writes no windows of another."""
+    return int(hw[0]), int(hw[1])
 
 
 def relative_scores(q, table, hw):
