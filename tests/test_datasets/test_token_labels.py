@@ -215,7 +215,7 @@ def break_map(path, how):
         return 'a web page'
     if how == 'code':
         torch.save(Evil(), path)
-        return 'asks for `eval`'
+        return 'asks for .*eval`'
     if how == 'pickle':
         path.write_bytes(pickle.dumps(Evil()))
         return 'a bare pickle'

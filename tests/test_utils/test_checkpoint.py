@@ -203,6 +203,8 @@ def test_refuses_what_would_run(tmp_path, monkeypatch, place, form):
             name = 'a bare pickle'
         else:
             torch.save(content, path, _use_new_zipfile_serialization=form == 'zip')
+        if not checkpoint.CAN_ALLOW and place == 'args' and form != 'bare':
+            name = 'PyTorch 2.4'  # for the Namespace, which comes first
         with pytest.raises(CheckpointError, match=name) as error:
             read_checkpoint(path)
         assert isinstance(error.value, UnsafeCheckpointError) == (form != 'bare')
@@ -505,9 +507,10 @@ def test_the_safe_loader_refuses_poison(trained):
             config, 'b', load_from=str(path), resume=True
         ).train(),
     }
+    asked = r'posix\.system' if checkpoint.CAN_ALLOW else 'PyTorch 2.4'
     for name, way in ways.items():
         with (
-            pytest.raises(UnsafeCheckpointError, match=r'posix\.system'),
+            pytest.raises(UnsafeCheckpointError, match=asked),
             safe_loader(),
         ):
             way()
