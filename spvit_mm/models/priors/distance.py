@@ -60,7 +60,8 @@ class KERPLESpatialPrior(SpatialPrior):
         self.log_p = nn.Parameter(torch.zeros(num_heads))
 
     def relation(self, offsets):
-        a, p = (x.to(offsets.dtype).exp()[:, None] for x in (self.log_a, self.log_p))
+        a = self.log_a.to(offsets.dtype).exp()[:, None]
+        p = self.log_p.to(offsets.dtype).exp()[:, None]
         return 1 - a * torch.log1p(p * offsets.norm(dim=-1))
 
 
@@ -148,10 +149,11 @@ class LookHereSpatialPrior(SpatialPrior):
     def visible(self, offsets):
         distance = offsets.norm(dim=-1)
         along = self.directions.to(offsets.dtype) @ offsets.t()
-        # A little less than the cosine: the border belongs to the view.
-        least = math.cos(math.radians(self.field_of_view / 2)) * distance
+        # Less by more than float32's rounding: the border belongs to the view, and on
+        # large grids an offset just behind it does not.
+        least = (math.cos(math.radians(self.field_of_view / 2)) - 1e-6) * distance
         around = (self.directions == 0).all(dim=-1, keepdim=True)
-        return (along >= least - 1e-4 * (distance + 1)) | around
+        return (along >= least) | around
 
     def extra_repr(self):
         return (
@@ -188,6 +190,6 @@ class LogCPBSpatialPrior(SpatialPrior):
         nn.init.trunc_normal_(self.w2, std=0.02)
 
     def relation(self, offsets):
-        w1, b1, w2 = (x.to(offsets.dtype) for x in (self.w1, self.b1, self.w2))
+        w1, b1 = self.w1.to(offsets.dtype), self.b1.to(offsets.dtype)
         hidden = torch.addmm(b1[:, None], w1, offsets.t()).relu()
-        return 16 * torch.sigmoid(w2 @ hidden) - 7
+        return 16 * torch.sigmoid(self.w2.to(offsets.dtype) @ hidden) - 7
