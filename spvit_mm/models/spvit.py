@@ -233,8 +233,10 @@ class SPViT(VisionTransformer):
             ('coords_rescale', coords_rescale),
             ('coords_jitter', coords_jitter),
         ):
-            if value is not None and not value >= 1:
-                raise ValueError(f'`{name}` must be None or at least 1, got {value!r}.')
+            if value is not None and not 1 <= value < math.inf:
+                raise ValueError(
+                    f'`{name}` must be None or a number of at least 1, got {value!r}.'
+                )
         self.coords_rescale = coords_rescale
         self.coords_jitter = coords_jitter
         if init_cfg is None and settings['start'] == 'released':
