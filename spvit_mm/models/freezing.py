@@ -7,10 +7,11 @@ def check_freezing(model):
     """Raise a ValueError for arguments of freezing that do not fit the model."""
     if not model.freeze_all_but_priors:
         return
-    if not any(isinstance(module, SpatialPrior) for module in model.modules()):
+    if not _learned_by_priors(model):
         raise ValueError(
             '`freeze_all_but_priors` would freeze everything: the backbone '
-            'has no spatial prior. Set `num_spsa_layers` to 1 or more.'
+            'has no spatial prior with parameters. Set `num_spsa_layers` to 1 or more, '
+            'and a `prior` that learns, such as MLPSpatialPrior.'
         )
     if model.frozen_stages > 0:
         raise ValueError(
@@ -31,16 +32,24 @@ def freeze(model):
         model._freeze_stages()
     if not model.freeze_all_but_priors:
         return
-    priors = [m for m in model.modules() if isinstance(m, SpatialPrior)]
-    learning = {id(param) for prior in priors for param in prior.parameters()}
+    learning = _learned_by_priors(model)
     for param in model.parameters():
         param.requires_grad = param.requires_grad and id(param) in learning
     for module in model.modules():
         module.training = False
-    for prior in priors:
+    for prior in _priors(model):
         prior.train()
     # Of the backbone itself: gradient checkpointing asks for it.
     model.training = True
+
+
+def _priors(model):
+    return [module for module in model.modules() if isinstance(module, SpatialPrior)]
+
+
+def _learned_by_priors(model):
+    """The ids of the parameters that belong to a prior."""
+    return {id(param) for prior in _priors(model) for param in prior.parameters()}
 
 
 def unused_parameters(model):
