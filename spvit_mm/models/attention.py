@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from mmpretrain.models.utils import MultiheadAttention
 from mmpretrain.registry import MODELS
 
@@ -68,7 +69,6 @@ class GridAttention(MultiheadAttention):
         self.scale = self.head_dims**-0.5 if qk_scale is None else qk_scale
         # For torch's own attention, with None for its own factor, which is the same:
         # torch < 2.2 cannot write another one to ONNX.
-        self.qk_scale = qk_scale
         self.num_extra_tokens = num_extra_tokens
         self.grid = None if grid is None else tuple(grid)
 
@@ -91,6 +91,14 @@ class GridAttention(MultiheadAttention):
             )
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dims)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def fused_attention(self, q, k, v, bias=None):
+        """torch's scaled_dot_product_attention, with a bias of all pairs or without."""
+        usual = self.head_dims**-0.5
+        if self.scale != usual:  # torch 2.1 exports no `scale` to ONNX
+            q = q * (self.scale / usual)
+        dropout_p = self.attn_drop if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout_p)
 
     def merge_heads(self, out, v):
         """Project the heads' outputs (B, heads, T, d) to tokens (B, T, C)."""

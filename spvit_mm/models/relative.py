@@ -227,15 +227,8 @@ class RelativePositionAttention(GridAttention):
         """Attend; arguments as in :meth:`GatedPositionalAttention.forward`."""
         self._refuse(omega)
         q, k, v = self.project_qkv(x, hw_shape)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=self.position_scores(q, hw_shape, rescale).to(q.dtype),
-            dropout_p=self.attn_drop if self.training else 0.0,
-            scale=self.qk_scale,
-        )
-        return self.merge_heads(out, v)
+        bias = self.position_scores(q, hw_shape, rescale).to(q.dtype)
+        return self.merge_heads(self.fused_attention(q, k, v, bias), v)
 
     def position_scores(self, q, hw_shape, rescale=None):
         """What is added to the scaled scores, (B or 1, heads, T, T)."""

@@ -147,14 +147,7 @@ class RotaryPositionAttention(GridAttention):
         self._refuse(omega)
         q, k, v = self.project_qkv(x, hw_shape)
         q, k = self.rotate(q, k, hw_shape, rescale)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            dropout_p=self.attn_drop if self.training else 0.0,
-            scale=self.qk_scale,
-        )
-        return self.merge_heads(out, v)
+        return self.merge_heads(self.fused_attention(q, k, v), v)
 
 
 def turn(x, cos, sin):

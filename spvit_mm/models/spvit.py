@@ -471,6 +471,9 @@ class SPViT(VisionTransformer):
             their grid (H, W), without any class token.
         """
         x, hw = self.patch_embed(x)
+        if torch.jit.is_tracing():
+            # A trace is of one grid; torch 2.1 can export nothing else.
+            hw = tuple(int(side) for side in hw)
         if self.pos_embed is not None:
             x = x + self._resized_pos_embed(hw)[:, self.num_pos_extra_tokens :]
         return x, hw
