@@ -67,8 +67,6 @@ class GridAttention(MultiheadAttention):
         check_heads(embed_dims, num_heads)
         super().__init__(embed_dims, num_heads, **kwargs)
         self.scale = self.head_dims**-0.5 if qk_scale is None else qk_scale
-        # For torch's own attention, with None for its own factor, which is the same:
-        # torch < 2.2 cannot write another one to ONNX.
         self.num_extra_tokens = num_extra_tokens
         self.grid = None if grid is None else tuple(grid)
 

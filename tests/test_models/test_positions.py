@@ -621,7 +621,7 @@ HARD = dict(type='WindowSpatialPrior')
     ('attn', 'prior', 'message'),
     [
         (dict(combine='sum'), None, r"`combine` .*'multiply', 'add', 'both'\).*'sum'"),
-        (ADD, HARD, "`combine='add'` cannot take a hard Window.* a mask.*soft=True"),
+        (ADD, HARD, "`combine='add'` cannot take a hard Window.* to mask .*soft=True"),
         (dict(combine='both'), HARD, "`combine='both'` cannot take a hard Window"),
         (dict(ADD, init_score=1.0), None, '`init_score` .* init_score=1.0 .*add'),
         (dict(init_score=-1.0), None, '`init_score` .*at least 0.* init_score=-1.0'),
