@@ -127,12 +127,16 @@ def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, d
     loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
     state_dict = loaded.get('state_dict', loaded)
     state_dict = {name.removeprefix('module.'): v for name, v in state_dict.items()}
-    reports = []
+
+    def judge(count, words):
+        if words:
+            raise UserError(f'{checkpoint} is not a checkpoint of this model. {words}')
+
     try:
-        with reporting_loads(model, reports.append):
+        with reporting_loads(model, judge):
             load_state_dict(model, state_dict, strict=False, logger='silent')
+    except UserError:
+        raise
     except ValueError as error:  # a model refuses what it knows, such as a deploy form
         raise UserError(f'{checkpoint} does not fit this model: {error}') from error
-    if not reports[0].complete:
-        raise UserError(f'{checkpoint} is not a checkpoint of this model. {reports[0]}')
     return model.eval(), loaded

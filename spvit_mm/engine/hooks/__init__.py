@@ -1,7 +1,7 @@
 from .checkpoint import AtomicCheckpointHook
 from .cls_visualization import ClsVisualizationHook
 from .data_check import DataCheckHook
-from .load_report import LoadReport, LoadReportHook
+from .load_report import LoadReportHook
 from .prior_visualization_hook import PriorVisualizationHook
 from .random_state import RandomStateHook
 
@@ -9,7 +9,6 @@ __all__ = [
     'AtomicCheckpointHook',
     'ClsVisualizationHook',
     'DataCheckHook',
-    'LoadReport',
     'LoadReportHook',
     'PriorVisualizationHook',
     'RandomStateHook',

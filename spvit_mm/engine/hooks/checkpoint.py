@@ -31,10 +31,7 @@ class _DelayedRemoval:
         return getattr(self._backend, name)
 
     def remove(self, path) -> None:
-        self.removals.append((self._backend.remove, str(path)))
-
-    def rmtree(self, path) -> None:
-        self.removals.append((self._backend.rmtree, str(path)))
+        self.removals.append(str(path))
 
 
 class _AtomicRunner:
@@ -116,10 +113,10 @@ class AtomicCheckpointHook(CheckpointHook):
             if pointer.exists():
                 with whole_file(osp.join(runner.work_dir, pointer.name)) as partial:
                     Path(partial).write_bytes(pointer.read_bytes())
-        for remove, path in delayed.removals:
+        for path in delayed.removals:
             # A best checkpoint of a folder that was copied is not ours to remove.
             if path not in atomic.saved and osp.dirname(path) == str(self.out_dir):
-                remove(path)
+                backend.remove(path)
 
     def _save_checkpoint_with_step(self, runner, step, meta) -> None:
         if isinstance(runner, _AtomicRunner):  # called by _save_best_checkpoint

@@ -1,6 +1,5 @@
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 from mmengine.hooks import Hook
@@ -11,51 +10,8 @@ from ...utils import UserError, unwrap_model
 SHOWN = 10
 
 
-@dataclass
-class LoadReport:
-    """What of a checkpoint reached a model.
-
-    Attributes:
-        total (int): Parameters and buffers of the model, counters of batch norm aside.
-        missing (list[str]): Those that the checkpoint does not have.
-        errors (list[str]): What torch says of each that could not be copied, such as
-            one of another shape.
-        unexpected (list[str]): Names in the checkpoint that the model does not have.
-    """
-
-    total: int
-    missing: list[str]
-    errors: list[str]
-    unexpected: list[str]
-
-    @property
-    def loaded(self) -> int:
-        """How many of ``total`` received a value."""
-        return self.total - len(self.missing) - len(self.errors)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the checkpoint fits the model in every name and shape."""
-        return not (self.missing or self.errors or self.unexpected)
-
-    def __str__(self) -> str:
-        text = [
-            f'{self.loaded} of the {self.total} parameters and buffers of the model were '
-            'loaded from the checkpoint'
-        ]
-        for what, names in (
-            ('missing in it', self.missing),
-            ('that do not fit', self.errors),
-            ('unknown to the model', self.unexpected),
-        ):
-            if names:
-                shown = [*names[:SHOWN], *['...'] * (len(names) > SHOWN)]
-                text.append(f'{len(names)} {what}: {", ".join(shown)}')
-        return '; '.join(text) + '.'
-
-
 @contextmanager
-def reporting_loads(model, on_report: Callable[[LoadReport], None]):
+def reporting_loads(model, on_report: Callable[[int, str], None]):
     """Report what a load of a state dict into a model has done.
 
     torch hands three lists through a load: the missing and the unexpected names, and
@@ -64,7 +20,9 @@ def reporting_loads(model, on_report: Callable[[LoadReport], None]):
 
     Args:
         model (nn.Module): The model, no wrapper.
-        on_report (callable): Takes the :class:`LoadReport` of each load inside.
+        on_report (callable): Called after each load inside. Takes how many parameters
+            and buffers received a value, and what does not fit in words, which are
+            empty where the checkpoint fits in every name and shape.
     """
     lists = []
 
@@ -73,14 +31,27 @@ def reporting_loads(model, on_report: Callable[[LoadReport], None]):
 
     def after(module, incompatible_keys):
         missing, unexpected, errors = lists
-        on_report(
-            LoadReport(
-                total=len(_tensors(model.state_dict())),
-                missing=_tensors(missing),
-                errors=[error.strip(' .') for error in errors],
-                unexpected=list(unexpected),
-            )
+        # Batch norm makes up its counter where an old checkpoint has none.
+        missing, names = (
+            [name for name in names if not name.endswith('num_batches_tracked')]
+            for names in (missing, model.state_dict())
         )
+        loaded = len(names) - len(missing) - len(errors)
+        words = ''
+        for what, which in (
+            ('missing in it', missing),
+            ('that do not fit', [error.strip(' .') for error in errors]),
+            ('unknown to the model', unexpected),
+        ):
+            if which:
+                shown = [*which[:SHOWN], *['...'] * (len(which) > SHOWN)]
+                words += f'; {len(which)} {what}: {", ".join(shown)}'
+        if words:
+            words = (
+                f'{loaded} of the {len(names)} parameters and buffers of the model were '
+                f'loaded from the checkpoint{words}.'
+            )
+        on_report(loaded, words)
 
     first = model._register_load_state_dict_pre_hook(before)
     last = model.register_load_state_dict_post_hook(after)
@@ -89,11 +60,6 @@ def reporting_loads(model, on_report: Callable[[LoadReport], None]):
     finally:
         first.remove()
         last.remove()
-
-
-def _tensors(names) -> list[str]:
-    # Batch norm makes up its counter where an old checkpoint has none.
-    return [name for name in names if not name.endswith('num_batches_tracked')]
 
 
 @HOOKS.register_module()
@@ -128,28 +94,28 @@ class LoadReportHook(Hook):
         judge = partial(self._judge, runner)
         self._watch.enter_context(reporting_loads(model, judge))
 
-    def _judge(self, runner, report: LoadReport) -> None:
-        if report.complete:
+    def _judge(self, runner, loaded: int, words: str) -> None:
+        if not words:
             return
-        if not report.loaded:
+        if not loaded:
             raise UserError(
-                f'The checkpoint is not one of this model. {report} '
+                f'The checkpoint is not one of this model. {words} '
                 'Give a checkpoint that was trained with this config, or the config '
                 'that it was trained with.'
             )
         if runner._resume:
             raise UserError(
                 f'Training cannot be resumed from a checkpoint of another model. '
-                f'{report} To start a new training from its weights, set load_from '
+                f'{words} To start a new training from its weights, set load_from '
                 'and leave out --resume.'
             )
         if self.partial == 'error':
             raise UserError(
-                f'The checkpoint fits this model only in part. {report} '
+                f'The checkpoint fits this model only in part. {words} '
                 'To use it all the same, pass --allow-partial.'
             )
         runner.logger.warning(
-            f'The checkpoint fits this model only in part. {report} What was not '
+            f'The checkpoint fits this model only in part. {words} What was not '
             'loaded keeps its initial values.'
         )
 
