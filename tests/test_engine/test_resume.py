@@ -74,6 +74,21 @@ def test_resumed_weights(case, data, tmp_path):
     assert any(not torch.equal(early[k], whole[k]) for k in whole)
 
 
+def test_resumed_weights_with_rescaled_coordinates(data, tmp_path):
+    config = write_config(tmp_path / 'c.py', data, length=4, interval=2)
+    backbone = dict(
+        type='SPViT',
+        num_spsa_layers=1,
+        attn_cfg=dict(type='RotaryPositionAttention'),
+        coords_rescale=2.0,
+        coords_jitter=1.2,
+    )
+    options = {f'model.backbone.{name}': value for name, value in backbone.items()}
+    whole = run(config, tmp_path / 'whole', **options)
+    checkpoint = tmp_path / 'whole' / 'epoch_2.pth'
+    assert_equal(run(config, tmp_path / 'resumed', checkpoint, **options), whole)
+
+
 def test_without_the_hook_it_differs(data, tmp_path):
     """The test above can fail: mmengine alone does not resume exactly."""
     config = write_config(tmp_path / 'c.py', data, length=4, interval=2)
