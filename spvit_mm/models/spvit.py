@@ -91,8 +91,8 @@ class SPViT(VisionTransformer):
             Defaults to None (the arch's, else False).
         skip_scale (float, optional): Divisor of the residual branches.
             Defaults to None (the arch's, else 1).
-        coords_rescale (float, optional): In training, multiply the coordinates that
-            priors and other position methods see by one random factor a step,
+        coords_rescale (float, optional): In training, multiply the coordinates of the
+            patches, before a prior's ``coords``, by one random factor a step,
             log-uniform in [1 / coords_rescale, coords_rescale], the same in all
             layers: what is learned then holds on other grids, too. Defaults to None,
             off.

@@ -123,7 +123,7 @@ RELATIONS = dict(
 def place(offset, coords, hw, trained, factors):
     """What a relation sees of an offset (x, y) in patches."""
     return [
-        seen(offset[axis], coords, hw[1 - axis], trained[1 - axis]) * factors[axis]
+        seen(offset[axis] * factors[axis], coords, hw[1 - axis], trained[1 - axis])
         for axis in (0, 1)
     ]
 

@@ -204,10 +204,10 @@ class SpatialPrior(BaseModule):
                 dtype = torch.float64
         offsets = relative_offsets(hw, device or 'cpu').to(dtype)
         train_grid = self.train_grid if self.coords in COORDS_OF_A_GRID else None
-        offsets = place_offsets(offsets, hw, train_grid, self.coords)
         if rescale is not None:
+            # Before `coords`: an image of another size has such offsets in patches.
             offsets = offsets * rescale.to(offsets)
-        return offsets.flatten(0, 1)
+        return place_offsets(offsets, hw, train_grid, self.coords).flatten(0, 1)
 
     def _table(self, function, offsets, hw):
         device_type = offsets.device.type

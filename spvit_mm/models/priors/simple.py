@@ -278,9 +278,9 @@ def resize_table(table, hw, coords='scaled', rescale=None):
     dtype = compute_dtype(table.dtype)
     offsets = relative_offsets(hw, table.device).to(dtype)
     grid = torch.tensor([(side + 1) // 2 for side in table.shape[-2:]])
-    offsets = place_offsets(offsets, hw, grid, coords)
     if rescale is not None:
         offsets = offsets * rescale.to(offsets)
+    offsets = place_offsets(offsets, hw, grid, coords)
     resized = read_table(table.to(dtype), offsets.flatten(0, 1))
     return resized.unflatten(-1, table_size(hw)).to(table.dtype)
 
