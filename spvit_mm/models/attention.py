@@ -153,9 +153,10 @@ class SpatialPriorAttention(GridAttention):
         attn_impl (str): The kernel, see
             :func:`spvit_mm.ops.spatial_prior_attention`. Defaults to 'auto'.
         init_score (float): A score c that all pairs start with, for a prior to
-            multiply: it learns where to look before content does. It comes from the
-            biases of queries and keys or, with ``qkv_bias=False``, from a learned
-            scalar for each head. Defaults to 0.
+            multiply: it learns where to look before content does. With
+            ``qkv_bias=False`` it is a learned scalar for each head. Else it comes from
+            the biases of queries and keys, which meet the content, too: S then has
+            terms of one token alone. Defaults to 0.
         **kwargs: ``attn_drop``, ``proj_drop``, ``dropout_layer``,
             ``qkv_bias``, ``proj_bias``, ``v_shortcut``, ``input_dims``,
             ``layer_scale_init_value``, ``init_cfg`` of mmpretrain's
