@@ -1,9 +1,23 @@
+import torch
 from mmengine.hooks import Hook
 from mmengine.runner import BaseLoop
 from mmpretrain.registry import HOOKS
 
 from ...datasets import checks
 from ...utils import unwrap_model
+
+
+def _restart_workers(loop) -> None:
+    """Let workers that an iteration loop has started see its changed data set.
+
+    mmengine's loop starts them when it is built, its fork's with the first batch.
+    """
+    iterator = getattr(loop, 'dataloader_iterator', None)
+    if loop.dataloader.num_workers and getattr(iterator, '_iterator', None):
+        loop.dataloader._iterator = None
+        # The weights are still to be drawn, and are not to depend on this.
+        with torch.random.fork_rng(devices=[]):
+            loop.dataloader_iterator = type(iterator)(loop.dataloader)
 
 
 @HOOKS.register_module(name=['DataCheckHook', 'SegDataCheckHook'])
@@ -55,6 +69,7 @@ class DataCheckHook(Hook):
             skipped = checks.guard_files(dataset, num_classes, self.skip)
             if split == 'training':
                 self._skipped = skipped
+                _restart_workers(loops[split])
             elif 'training' in datasets:
                 checks.check_same_classes(datasets['training'], dataset, split)
 
