@@ -1,16 +1,19 @@
 """Blocks of queries that stay in the cache; memory grows as N, not N^2.
 
-A block is a few rows of the grid for all heads of one image (or all rows of
-several images, when they are small). For each block
+A block is a few rows of the grid for a few heads of one image (or all rows of all
+heads, and of several images, when they are small). For each block
 
     S = scale * q k^T      E = exp(omega * S + beta - m)      out = E v / rowsum(E)
 
 where ``m`` is a shift per row that a softmax does not see. It is needed only
 where ``exp`` comes near the ends of the type's range, and the row sums tell when
-that was so: then, and for what follows in the call, the block is done again with
-the row's maximum as its shift. So almost every network is spared the two passes
-over the block that a shift costs. The division by the row's sum is left to the
+that was so: then, and for what follows in the call, the heads are done again with
+the row's maximum as their shift. So almost every network is spared the two passes
+over the scores that a shift costs. The division by the row's sum is left to the
 (rows, d) result. A pair that is not kept has beta = -inf, so that its E is 0.
+
+Keys and values are taken in reverse order, so that omega and beta of all pairs are
+views of a table's strip (:mod:`~spvit_mm.ops.prior`); a softmax does not see the order.
 
 The backward pass computes each block afresh (as FlashAttention does, Dao et al.,
 arXiv 2205.14135): saved are q, k, v, the tables, the result and one or two numbers
@@ -25,6 +28,7 @@ prior and of dL for the bias.
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple, Optional
 
 import torch
@@ -32,26 +36,36 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .compat import compute_dtype
-from .prior import expand_columns, fold_columns, row_slice
+from .prior import expand_columns, fold_columns, windows
 
 # Row sums of exp between these need no shift: every logit that counts then lies
 # within +-41, and products with values and gradients stay far from the ends of
 # float32.
 _SMALL_SUM, _LARGE_SUM = 1e-18, 1e18
-# Bytes of the scores of one block, per thread. With the block's prior beside them
-# they fill the second-level cache of current server cores (2 MB).
-_BLOCK_BYTES = 3 << 19
-# From this many blocks that share keys and values on, row-major copies of k^T and
-# v are repaid: products with them are up to a third faster than with slices of a
-# joint projection.
+# Bytes of the scores of one block, per thread: the second-level cache of current server
+# cores. Much less makes products of few rows, which are slow.
+_BLOCK_BYTES = 2 << 20
+# From this many blocks that share keys on, a row-major copy of k^T is repaid: products
+# with it are up to a third faster.
 _COPY_FROM = 4
 
 
 class Plan(NamedTuple):
-    """How the work is cut: images and grid rows per block."""
+    """How the work is cut: images, heads and grid rows per block."""
 
     images: int
+    heads: int
     rows: int
+
+
+class Block(NamedTuple):
+    """Rows of the grid and their tokens; ``first`` of these are extra ones."""
+
+    t0: int
+    t1: int
+    y0: int
+    y1: int
+    first: int
 
 
 def plan_blocks(
@@ -68,132 +82,162 @@ def plan_blocks(
         threads (int): Threads that work on one block together.
 
     Returns:
-        Plan: Images per block, which is more than one only where all rows of one
-        image fit, and grid rows per block.
+        Plan: Images per block, which is more than one only where all heads and rows
+        of one image fit, and heads and grid rows per block.
     """
     height, width = hw
     tokens = height * width + extra
-    budget = _BLOCK_BYTES * max(threads, 1)
-    image = heads * tokens * tokens * item
-    if image <= budget:
+    budget = _BLOCK_BYTES * threads
+    head = tokens * tokens * item
+    if heads * head <= budget:
         # Several images a block must be copied side by side, which pays only
         # where a block of one would be too small to keep the threads busy.
-        return Plan(max(1, min(batch, budget // (8 * image))), height)
-    rows = budget // (heads * width * tokens * item)
-    return Plan(1, max(1, min(height, rows)))
+        most = max(1, min(batch, budget // (8 * heads * head)))
+        images = next(n for n in range(most, 0, -1) if batch % n == 0)
+        return Plan(images, heads, height)
+    # Few heads and many rows: then keys, values and tables stay in the cache, too.
+    wanted = min(heads, max(1, budget // (head * threads)) * threads)
+    together = next(n for n in range(wanted, heads + 1) if heads % n == 0)
+    rows = budget // (together * width * tokens * item)
+    return Plan(1, together, max(1, min(height, rows)))
+
+
+def _row_blocks(plan: Plan, hw: tuple[int, int], extra: int) -> list[Block]:
+    height, width = hw
+    blocks = []
+    for y0 in range(0, height, plan.rows):
+        y1 = min(height, y0 + plan.rows)
+        first = extra if y0 == 0 else 0
+        tokens = (extra + y0 * width - first, extra + y1 * width)
+        blocks.append(Block(*tokens, y0, y1, first))
+    return blocks
+
+
+class _Scores:
+    """A block's scores in one piece of memory: ``flat``, ``(matrices, rows, T)``, and
+    its ``grid``, the pairs without extra tokens, ``(images, heads, y, W, H * W)``.
+
+    The extra tokens are first among the rows and last among the columns.
+    """
+
+    def __init__(self, memory: Tensor, block: Block, plan: Plan, hw, tokens: int):
+        height, width = hw
+        shape = (plan.images, plan.heads, block.t1 - block.t0, tokens)
+        scores = memory[: prod(shape)].view(shape)
+        self.flat = scores.flatten(0, 1)
+        pairs = scores[:, :, block.first :, : height * width]
+        self.grid = pairs.unflatten(2, (block.y1 - block.y0, width))
 
 
 class _Table:
     """A table as the blocks need it, and its gradient.
 
-    For several images whose rows all lie in one block the values of all pairs are
-    written once and shared by them; else each row of the grid is a view of the strip.
+    Args:
+        table (Tensor): ``(heads or 1, 2H-1, 2W-1)``.
+        hw (tuple[int, int]): Grid.
+        heads (int): Heads of the scores.
+        pairs (bool): Whether to sum the gradient of all pairs before it is folded:
+            fewer steps where many images have all their scores in one block.
     """
 
-    def __init__(self, table: Tensor, hw, whole: bool) -> None:
-        self.hw, self.heads = hw, table.shape[0]
-        self.values = self.strip = expand_columns(table, hw)
-        if whole:
-            width, tokens = hw[1], hw[0] * hw[1]
-            self.values = table.new_empty(self.heads, tokens, tokens)
-            for y in range(hw[0]):
-                rows = self.values[:, y * width : (y + 1) * width]
-                rows.copy_(self.strip[:, :, row_slice(y, hw)])
+    def __init__(self, table: Tensor, hw, heads: int, pairs: bool) -> None:
+        self.table, self.hw, self.pairs = table, hw, pairs
+        self.strip = expand_columns(table, hw)
+        self.values = windows(self.strip, hw).expand(heads, -1, -1, -1)
         self.grad: Optional[Tensor] = None
 
-    def add_grad(self, at: tuple, one: Tensor, other: Optional[Tensor]) -> None:
+    def add_grad(self, of: slice, block: Block, one: Tensor, other: Optional[Tensor]):
         """Add ``one``, or ``one * other``, summed over images, to the gradient.
 
-        Both are ``(images, heads, rows, H * W)`` and lie at ``at`` of the values.
+        Both are ``(images, heads, y, W, H * W)``; ``of`` says which heads, and
         ``other`` is used up.
         """
         if self.grad is None:
-            self.grad = one.new_zeros(one.shape[1], *self.values.shape[1:])
-        into = self.grad[at]
-        if other is None:
-            into.add_(one[0] if len(one) == 1 else one.sum(0))
-        elif len(one) == 1:
-            into.addcmul_(one[0], other[0])
-        else:
-            into.add_(other.mul_(one).sum(0))
+            heads = self.values.shape[0]
+            shape = self.values.shape if self.pairs else (heads, *self.strip.shape[1:])
+            self.grad = one.new_zeros(shape)
+        if len(one) > 1:
+            one = one if other is None else other.mul_(one)
+            one, other = one.sum(0, keepdim=True), None
+        # The windows of a strip overlap, so that each row of the grid is added alone.
+        grad = self.grad if self.pairs else windows(self.grad, self.hw)
+        step = one.shape[2] if self.pairs else 1
+        for y in range(0, one.shape[2], step):
+            into = grad[of, block.y0 + y : block.y0 + y + step]
+            rows = slice(y, y + step)
+            if other is None:
+                into.add_(one[0, :, rows])
+            else:
+                into.addcmul_(one[0, :, rows], other[0, :, rows])
 
     def table_grad(self) -> Tensor:
         """The table's gradient, ``(heads, 2H-1, 2W-1)``; one head sums them all."""
-        grad = self.grad
-        if self.heads == 1:
-            grad = grad.sum(0, keepdim=True)
-        if self.values is not self.strip:
-            width = self.hw[1]
-            strip = torch.zeros_like(self.strip)
+        strip = self.grad
+        if self.pairs:
+            strip = strip.new_zeros(len(strip), *self.strip.shape[1:])
+            into = windows(strip, self.hw)
             for y in range(self.hw[0]):
-                rows = grad[:, y * width : (y + 1) * width]
-                strip[:, :, row_slice(y, self.hw)].add_(rows)
-            grad = strip
-        return fold_columns(grad, self.hw)
+                into[:, y].add_(self.grad[:, y])
+        grad = fold_columns(strip, self.hw)
+        return grad.sum(0, keepdim=True) if len(self.table) == 1 else grad
 
 
-class _Tables:
-    """The prior and the bias, where there are, on the scores of a block.
+class _Step:
+    """One block of rows: the memory it works in, and its omega and beta."""
 
-    In every method, ``y0`` and ``y1`` are the block's first row of the grid and one
-    past its last, and ``first`` counts the extra tokens among its queries.
-    """
+    def __init__(self, block: Block, room, plan: Plan, hw, tokens: int) -> None:
+        self.block = block
+        self.rows = slice(block.t0, block.t1)
+        self.scores = [_Scores(memory, block, plan, hw, tokens) for memory in room]
 
-    def __init__(self, prior, bias, hw, extra: int, plan: Plan, batch: int) -> None:
-        self.hw, self.extra = hw, extra
-        self.whole = plan.rows == hw[0] and batch > 1
+    def logits(self, scores: _Scores, out: _Scores, omega, beta) -> None:
+        """``out = omega * scores + beta``; ``out`` may be ``scores`` itself."""
+        if out is not scores:
+            grid, first = scores.grid.shape[-1], self.block.first
+            out.flat[..., grid:].copy_(scores.flat[..., grid:])
+            out.flat[:, :first].copy_(scores.flat[:, :first])
+        if beta is None:
+            torch.mul(scores.grid, omega, out=out.grid)
+        elif omega is None:
+            torch.add(scores.grid, beta, out=out.grid)
+        else:
+            torch.addcmul(beta, scores.grid, omega, out=out.grid)
+
+
+class _Work:
+    """How a call is cut, the memory of its blocks and its tables."""
+
+    def __init__(self, q, prior, bias, hw, extra: int, plan: Plan, buffers: int):
+        batch, heads, tokens, _ = q.shape
+        self.count = batch // plan.images
+        most = plan.images * plan.heads * (plan.rows * hw[1] + extra) * tokens
+        room = q.new_empty(buffers, most, dtype=compute_dtype(q.dtype))
+        blocks = _row_blocks(plan, hw, extra)
+        self.steps = [_Step(block, room, plan, hw, tokens) for block in blocks]
+        pairs = (plan.heads, plan.rows) == (heads, hw[0]) and batch > 1
         self.prior, self.bias = (
-            None if table is None else _Table(table, hw, self.whole)
+            None if table is None else _Table(table, hw, heads, pairs)
             for table in (prior, bias)
         )
+        # For each group of heads, which matrices it is (of several images, all of
+        # them) and by step its omega and beta.
+        self.groups = []
+        for h in range(0, heads, plan.heads):
+            of = slice(h, h + plan.images * plan.heads)
+            self.groups.append((of, [self._values(of, block) for block in blocks]))
 
-    def _parts(self, y0: int, y1: int, first: int):
-        """Yield where pairs of patches lie, in the block and in a table's values."""
-        grid = slice(self.extra, None)
-        if self.whole:
-            yield (..., slice(first, None), grid), (...,)
-            return
-        width = self.hw[1]
-        for y in range(y0, y1):
-            low = first + (y - y0) * width
-            yield (..., slice(low, low + width), grid), (..., row_slice(y, self.hw))
+    def _values(self, of: slice, block: Block) -> list:
+        return [
+            None if table is None else table.values[of, block.y0 : block.y1]
+            for table in (self.prior, self.bias)
+        ]
 
-    def logits(self, scores: Tensor, out: Tensor, y0: int, y1: int, first: int):
-        """``out = omega * scores + beta``.
+    def images(self, *tensors: Tensor):
+        """Yield the parts of the images that are worked on together.
 
-        Args:
-            scores (Tensor): ``(images, heads, rows, tokens)``.
-            out (Tensor): Like ``scores``, or ``scores`` itself.
+        Tensors are ``(B, heads, T, ..)`` or ``(B * heads, T, ..)``.
         """
-        if out is not scores and self.extra:
-            out[..., : self.extra].copy_(scores[..., : self.extra])
-            out[:, :, :first].copy_(scores[:, :, :first])
-        for at, of in self._parts(y0, y1, first):
-            if self.prior is None:
-                torch.add(scores[at], self.bias.values[of], out=out[at])
-            elif self.bias is None:
-                torch.mul(scores[at], self.prior.values[of], out=out[at])
-            else:
-                omega, beta = self.prior.values[of], self.bias.values[of]
-                torch.addcmul(beta, scores[at], omega, out=out[at])
-
-    def multiply(self, x: Tensor, y0: int, y1: int, first: int) -> None:
-        """``x = omega * x``, for the gradient of the scores."""
-        if self.prior is not None:
-            for at, of in self._parts(y0, y1, first):
-                x[at].mul_(self.prior.values[of])
-
-    def add_grads(self, d_logits, scores: Optional[Tensor], y0, y1, first, needs):
-        """Add to the gradients of the tables that ``needs`` (prior, bias) names.
-
-        Both are ``(images, heads, rows, tokens)``; ``scores`` is used up, and is
-        not looked at without a gradient of the prior.
-        """
-        for at, of in self._parts(y0, y1, first):
-            if needs[1]:
-                self.bias.add_grad(of, d_logits[at], None)
-            if needs[0]:
-                self.prior.add_grad(of, d_logits[at], scores[at])
+        return zip(*(x.split(len(x) // self.count) for x in tensors), strict=True)
 
 
 def _like_projection(x: Tensor) -> Tensor:
@@ -206,26 +250,15 @@ def _like_projection(x: Tensor) -> Tensor:
     return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
-def _blocks(plan: Plan, batch: int, hw: tuple[int, int], extra: int):
-    """Yield, image group by image group, its row blocks.
-
-    Yields:
-        tuple: ``(b0, b1, [(t0, t1, y0, y1, first), ...])``: images, then token
-        and grid rows of each block and how many of its tokens are extra ones.
-    """
-    height, width = hw
-    rows = []
-    for y0 in range(0, height, plan.rows):
-        y1 = min(height, y0 + plan.rows)
-        first = extra if y0 == 0 else 0
-        rows.append((extra + y0 * width - first, extra + y1 * width, y0, y1, first))
-    for b0 in range(0, batch, plan.images):
-        yield b0, min(batch, b0 + plan.images), rows
-
-
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``(n, heads, T, d)`` as ``(n * heads, T, d)``, without a copy for one image."""
-    return x.to(dtype).flatten(0, 1)
+    x = x[0] if len(x) == 1 else x.flatten(0, 1)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _reversed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(n, heads, T, d)`` as ``(n * heads, T, d)``, the last token first."""
+    return _flat(x, dtype).flip(1)
 
 
 def _target(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -245,129 +278,132 @@ def _settle(x: Tensor, target: Tensor) -> None:
         x.copy_(target.view(x.shape))
 
 
-def _drop(mask: Tensor, p: float, generator: torch.Generator) -> Tensor:
-    """Fill ``mask`` with 0 or 1 / (1 - p), the same for the same generator state."""
-    if p >= 1:
-        return mask.zero_()
-    return mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
+class _Dropout:
+    """Masks of 0 or 1 / (1 - p), the same in the same order for the same seed."""
 
+    def __init__(self, p: float, seed: Optional[int], device) -> None:
+        self.p = p
+        if p:
+            self.generator = torch.Generator(device=device).manual_seed(seed)
 
-def _generator(seed: Optional[int], device) -> Optional[torch.Generator]:
-    if seed is None:
-        return None
-    return torch.Generator(device=device).manual_seed(seed)
+    def state(self) -> Optional[Tensor]:
+        return self.generator.get_state() if self.p else None
 
+    def rewind(self, state: Optional[Tensor]) -> None:
+        if self.p:
+            self.generator.set_state(state)
 
-def _room(blocks: int, q: Tensor, hw, extra: int, plan: Plan) -> Tensor:
-    """Memory for that many blocks of scores, one after another."""
-    batch, heads, tokens, _ = q.shape
-    most = min(plan.images, batch) * heads * (plan.rows * hw[1] + extra) * tokens
-    return q.new_empty(blocks, most, dtype=compute_dtype(q.dtype))
+    def fill(self, mask: Tensor) -> Tensor:
+        if self.p >= 1:
+            return mask.zero_()
+        return mask.bernoulli_(1 - self.p, generator=self.generator).div_(1 - self.p)
 
 
 def _forward(q, k, v, prior, bias, hw, scale, extra, p, seed, plan):
     """The result, and the sums (and shifts) of the rows for the backward pass."""
-    batch, heads, tokens, _ = q.shape
-    generator = _generator(seed, q.device)
-    tables = _Tables(prior, bias, hw, extra, plan, batch)
+    work = _Work(q, prior, bias, hw, extra, plan, buffers=2 if p else 1)
+    dropout = _Dropout(p, seed, q.device)
+    dtype = compute_dtype(q.dtype)
     out = _like_projection(v)
-    room = _room(2 if p else 1, q, hw, extra, plan)
-    dtype = room.dtype
-    sums = room.new_empty(batch, heads, tokens, 1)
-    shifts = None
-    for b0, b1, rows in _blocks(plan, batch, hw, extra):
-        images = b1 - b0
-        n = images * heads
-        q_all, k_all, v_all = (_flat(x[b0:b1], dtype) for x in (q, k, v))
+    sums = q.new_empty(q.shape[0] * q.shape[1], q.shape[2], 1, dtype=dtype)
+    shifts, shifted = torch.empty_like(sums), False
+    for q4, k4, v4, out4, total, shift in work.images(q, k, v, out, sums, shifts):
+        q_all = _flat(q4, dtype)
+        k_all, v_all = _reversed(k4, dtype), _reversed(v4, dtype)
         k_t = k_all.transpose(1, 2)
-        if len(rows) >= _COPY_FROM:
-            k_t, v_all = k_t.contiguous(), v_all.contiguous()
-        for t0, t1, y0, y1, first in rows:
-            length = t1 - t0
-            s = room[0, : n * length * tokens].view(n, length, tokens)
-            s4 = s.view(images, heads, length, tokens)
-            total = sums[b0:b1, :, t0:t1]
+        if len(work.steps) >= _COPY_FROM:
+            k_t = k_t.contiguous()
+        mixed = _target(out4, dtype)
+        for of, tables in work.groups:
+            keys, values = k_t[of], v_all[of]
             while True:
-                torch.baddbmm(s, q_all[:, t0:t1], k_t, beta=0, alpha=scale, out=s)
-                tables.logits(s4, s4, y0, y1, first)
-                if shifts is not None:
-                    shifts[b0:b1, :, t0:t1] = s4.amax(-1, keepdim=True)
-                    s4.sub_(shifts[b0:b1, :, t0:t1])
-                s.exp_()
-                torch.sum(s4, -1, keepdim=True, out=total)
-                if shifts is not None:
+                state = dropout.state()
+                for step, of_step in zip(work.steps, tables, strict=True):
+                    rows = (of, step.rows)
+                    s, *mask = step.scores
+                    torch.baddbmm(
+                        s.flat, q_all[rows], keys, beta=0, alpha=scale, out=s.flat
+                    )
+                    step.logits(s, s, *of_step)
+                    if shifted:
+                        torch.amax(s.flat, -1, keepdim=True, out=shift[rows])
+                        s.flat.sub_(shift[rows])
+                    s.flat.exp_()
+                    torch.sum(s.flat, -1, keepdim=True, out=total[rows])
+                    if p:
+                        s.flat.mul_(dropout.fill(mask[0].flat))
+                    torch.bmm(s.flat, values, out=mixed[rows])
+                if shifted:
                     break
-                low, high = torch.aminmax(total)
+                low, high = torch.aminmax(total[of])
                 # A NaN compares false: it takes the shift, and shows in the result.
                 if float(low) >= _SMALL_SUM and float(high) <= _LARGE_SUM:
                     break
-                shifts = torch.zeros_like(sums)
-            if p:
-                s.mul_(_drop(room[1, : s.numel()].view_as(s), p, generator))
-            block = out[b0:b1, :, t0:t1]
-            mixed = _target(block, dtype)
-            torch.bmm(s, v_all, out=mixed)
-            mixed.view(images, heads, length, -1).div_(total)
-            _settle(block, mixed)
-    return out, sums, shifts
+                shifts.zero_()
+                shifted = True
+                dropout.rewind(state)
+        mixed.div_(total)
+        _settle(out4, mixed)
+    return out, sums, shifts if shifted else None
 
 
 def _backward(grad, saved, needs, hw, scale, extra, p, seed, plan):
     """Gradients of q, k, v and of the tables that ``needs`` (prior, bias) names."""
     q, k, v, prior, bias, out, sums, shifts = saved
-    batch, heads, tokens, _ = q.shape
-    generator = _generator(seed, q.device)
-    tables = _Tables(prior, bias, hw, extra, plan, batch)
+    work = _Work(q, prior, bias, hw, extra, plan, buffers=4 if p else 3)
+    dropout = _Dropout(p, seed, q.device)
+    dtype = compute_dtype(q.dtype)
     dq, dk, dv = (_like_projection(x) for x in (q, k, v))
-    room = _room(4, q, hw, extra, plan)
-    dtype = room.dtype
-    for b0, b1, rows in _blocks(plan, batch, hw, extra):
-        images = b1 - b0
-        n = images * heads
-        q_all, k_all, v_all = (_flat(x[b0:b1], dtype) for x in (q, k, v))
+    shifted = shifts is not None
+    rest = (grad, out, dq, dk, dv, sums, shifts if shifted else sums)
+    for parts in work.images(q, k, v, *rest):
+        q4, k4, v4, grad4, out4, dq4, dk4, dv4, total, shift = parts
+        q_all = _flat(q4, dtype)
+        k_all, v_all = _reversed(k4, dtype), _reversed(v4, dtype)
         k_t, v_t = k_all.transpose(1, 2), v_all.transpose(1, 2)
-        if len(rows) >= _COPY_FROM:
-            k_all, k_t, v_t = k_all.contiguous(), k_t.contiguous(), v_t.contiguous()
-        dk_sum, dv_sum = _target(dk[b0:b1], dtype), _target(dv[b0:b1], dtype)
-        for t0, t1, y0, y1, first in rows:
-            length = t1 - t0
-            four = (images, heads, length, tokens)
-            e4, d4, s4, drop = (x[: n * length * tokens].view(four) for x in room)
-            if not needs[0]:
-                s4 = e4  # the scores serve the prior's gradient alone
-            s, e, d = s4.flatten(0, 1), e4.flatten(0, 1), d4.flatten(0, 1)
-            q_rows = q_all[:, t0:t1]
-            torch.baddbmm(s, q_rows, k_t, beta=0, alpha=scale, out=s)
-            tables.logits(s4, e4, y0, y1, first)
-            if shifts is not None:
-                e4.sub_(shifts[b0:b1, :, t0:t1])
-            e.exp_()
-            g4 = grad[b0:b1, :, t0:t1] / sums[b0:b1, :, t0:t1]
-            dot = (g4 * out[b0:b1, :, t0:t1]).sum(-1, keepdim=True)
-            g = g4.flatten(0, 1)
-            torch.bmm(g, v_t, out=d)
-            weights = e
-            if p:
-                weights = _drop(drop.flatten(0, 1), p, generator)
-                d.mul_(weights)
-                weights.mul_(e)
-            keep = int(t0 > 0)  # the first block overwrites what the memory held
-            torch.baddbmm(dv_sum, weights.transpose(1, 2), g, beta=keep, out=dv_sum)
-            d4.sub_(dot).mul_(e4)
-            if any(needs):
-                tables.add_grads(d4, s4, y0, y1, first, needs)
-            tables.multiply(d4, y0, y1, first)
-            block = dq[b0:b1, :, t0:t1]
-            dq_rows = _target(block, dtype)
-            torch.baddbmm(dq_rows, d, k_all, beta=0, alpha=scale, out=dq_rows)
-            _settle(block, dq_rows)
-            torch.baddbmm(
-                dk_sum, d.transpose(1, 2), q_rows, beta=keep, alpha=scale, out=dk_sum
-            )
-        _settle(dk[b0:b1], dk_sum)
-        _settle(dv[b0:b1], dv_sum)
-    d_prior = tables.prior.table_grad() if needs[0] else None
-    d_bias = tables.bias.table_grad() if needs[1] else None
+        if len(work.steps) >= _COPY_FROM:
+            k_t, v_t = k_t.contiguous(), v_t.contiguous()
+        g_all = _flat(grad4, dtype) / total
+        dots = (g_all * _flat(out4, dtype)).sum(-1, keepdim=True)
+        dq_all = _target(dq4, dtype)
+        dk_all, dv_all = torch.empty_like(k_all), torch.empty_like(v_all)
+        for of, tables in work.groups:
+            keys, keys_t, values_t = k_all[of], k_t[of], v_t[of]
+            dk_sum, dv_sum = dk_all[of], dv_all[of]
+            for step, (omega, beta) in zip(work.steps, tables, strict=True):
+                rows = (of, step.rows)
+                e, d, s, *mask = step.scores
+                if not needs[0]:
+                    s = e  # the scores serve the prior's gradient alone
+                q_rows, g, dq_rows = q_all[rows], g_all[rows], dq_all[rows]
+                torch.baddbmm(s.flat, q_rows, keys_t, beta=0, alpha=scale, out=s.flat)
+                step.logits(s, e, omega, beta)
+                if shifted:
+                    e.flat.sub_(shift[rows])
+                e.flat.exp_()
+                torch.bmm(g, values_t, out=d.flat)
+                weights = e.flat
+                if p:
+                    weights = dropout.fill(mask[0].flat)
+                    d.flat.mul_(weights)
+                    weights.mul_(e.flat)
+                add = int(step.block.t0 > 0)  # the first overwrites what was there
+                weights_t, d_t = weights.transpose(1, 2), d.flat.transpose(1, 2)
+                torch.baddbmm(dv_sum, weights_t, g, beta=add, out=dv_sum)
+                d.flat.sub_(dots[rows]).mul_(e.flat)
+                if needs[1]:
+                    work.bias.add_grad(of, step.block, d.grid, None)
+                if needs[0]:
+                    work.prior.add_grad(of, step.block, d.grid, s.grid)
+                if omega is not None:
+                    d.grid.mul_(omega)
+                torch.baddbmm(dq_rows, d.flat, keys, beta=0, alpha=scale, out=dq_rows)
+                torch.baddbmm(dk_sum, d_t, q_rows, beta=add, alpha=scale, out=dk_sum)
+        _settle(dq4, dq_all)
+        dk4.copy_(dk_all.flip(1).view(dk4.shape))
+        dv4.copy_(dv_all.flip(1).view(dv4.shape))
+    d_prior = work.prior.table_grad() if needs[0] else None
+    d_bias = work.bias.table_grad() if needs[1] else None
     return dq, dk, dv, d_prior, d_bias
 
 

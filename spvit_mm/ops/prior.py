@@ -7,15 +7,21 @@ of ``H x W`` tokens has ``(2H-1)(2W-1)`` values per head (the *table*) and not
     omega[h, i, j] = table[h, y_j - y_i + H - 1, x_j - x_i + W - 1]
 
 with ``i = y_i * W + x_i`` the query and ``j`` the key (SP-ViT, arXiv
-2206.07662, eq. 4, where the prior is a function of the offset alone). Between
-them lies the *strip*, expanded along x only:
+2206.07662, eq. 4, where the prior is a function of the offset alone).
 
-    strip[h, x_i, a * W + x_j] = table[h, a, x_j - x_i + W - 1]
+With the keys in reverse order, ``j' = N - 1 - j``, and the table turned by half a
+turn, the indices add up where they were subtracted,
 
-It has ``heads * W * (2H-1) * W`` values, and the prior of a whole row of the
-grid is a slice of it: ``omega[h, y_i * W + x_i] = strip[h, x_i, o:o + H * W]``
-with ``o = (H - 1 - y_i) * W``. That slice is a view with contiguous rows, which
-is why the blocked kernel never writes the prior of all pairs.
+    omega[h, i, j'] = turned[h, y_i + y_j', x_i + x_j']
+
+so that the priors of successive queries are windows that move on by one. The *strip*
+is turned's windows along x, and the prior of all pairs the windows of a strip,
+
+    strip[h, x_i, a * W + x_j'] = turned[h, a, x_i + x_j']
+    omega[h, y_i * W + x_i]     = strip[h, x_i, y_i * W : y_i * W + N]
+
+a view with contiguous rows: the blocked kernel never writes the prior of all pairs,
+and takes that of many queries in one step.
 """
 
 from __future__ import annotations
@@ -124,25 +130,27 @@ def expand_pairs(table: Tensor, hw: tuple[int, int]) -> Tensor:
 def expand_columns(table: Tensor, hw: tuple[int, int]) -> Tensor:
     """The strip ``(heads, W, (2H-1) * W)`` of a table; see the module's text."""
     height, width = hw
-    windows = table.unfold(2, width, 1).flip(2)  # (heads, 2H-1, W, W)
-    return windows.transpose(1, 2).reshape(-1, width, (2 * height - 1) * width)
+    turned = table.flip(1, 2).unfold(2, width, 1)  # (heads, 2H-1, W, W)
+    return turned.transpose(1, 2).reshape(-1, width, (2 * height - 1) * width)
 
 
 def fold_columns(strip: Tensor, hw: tuple[int, int]) -> Tensor:
     """The adjoint of :func:`expand_columns`: sums a strip back to its table."""
     height, width = hw
     strip = strip.view(-1, width, 2 * height - 1, width)
-    table = strip.new_zeros(strip.shape[0], 2 * height - 1, 2 * width - 1)
+    turned = strip.new_zeros(strip.shape[0], 2 * height - 1, 2 * width - 1)
     for x in range(width):
-        table[:, :, width - 1 - x : 2 * width - 1 - x].add_(strip[:, x])
-    return table
+        turned[:, :, x : x + width].add_(strip[:, x])
+    return turned.flip(1, 2)
 
 
-def row_slice(y: int, hw: tuple[int, int]) -> slice:
-    """Where the prior of the grid's row ``y`` lies in a strip's last dimension."""
+def windows(strip: Tensor, hw: tuple[int, int]) -> Tensor:
+    """The values of all pairs, keys in reverse order: a view ``(heads, H, W, H * W)``.
+
+    The windows of two rows of the grid, ``[:, y]``, overlap.
+    """
     height, width = hw
-    start = (height - 1 - y) * width
-    return slice(start, start + height * width)
+    return strip.unfold(2, height * width, width).transpose(1, 2)
 
 
 def pair_offsets(i: Tensor, j: Tensor, hw: tuple[int, int], num_extra_tokens: int):

@@ -161,7 +161,7 @@ def small_blocks(monkeypatch):
 cases = st.fixed_dictionaries(
     {
         'batch': st.integers(1, 3),
-        'heads': st.integers(1, 3),
+        'heads': st.integers(1, 4),
         'hw': st.tuples(st.integers(1, 5), st.integers(1, 5)),
         'extra': st.integers(0, 2),
         'dim': st.sampled_from([1, 4, 8]),
@@ -360,6 +360,26 @@ def test_chunked_with_fixed_tables_or_fixed_queries(frozen, small_blocks):
         torch.testing.assert_close(one, other)
 
 
+@given(
+    batch=st.integers(1, 12),
+    heads=st.integers(1, 12),
+    hw=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    extra=st.integers(0, 2),
+    threads=st.integers(1, 40),
+)
+def test_blocks_are_equal_parts_that_fit(batch, heads, hw, extra, threads):
+    plan = chunked_module.plan_blocks(batch, heads, hw, extra, 4, threads)
+    assert batch % plan.images == 0
+    assert heads % plan.heads == 0
+    assert 1 <= plan.rows <= hw[0]
+    if plan.images > 1:
+        assert (plan.heads, plan.rows) == (heads, hw[0])
+    assert plan.heads >= min(heads, threads)  # a head for each thread
+    tokens = hw[0] * hw[1] + extra
+    size = plan.images * plan.heads * plan.rows * hw[1] * tokens * 4
+    assert size <= chunked_module._BLOCK_BYTES * threads or plan.rows == 1
+
+
 # --- the prior
 
 
@@ -426,9 +446,12 @@ def test_dropout_is_random_unbiased_and_repeats_with_the_seed(impl, small_blocks
     assert (error <= 5 * draws.std(0) / math.sqrt(len(draws))).all()
 
 
-def test_chunked_dropout_reuses_its_masks_backward(small_blocks):
-    q, k, v, _ = sample(2, 1, (2, 3), 1, 3, 1, torch.float64)
-    tables = sample_tables(KINDS[-1], (2, 3), (1, 1, 1), torch.float64)
+@pytest.mark.parametrize('far', [0, 120])
+def test_chunked_dropout_reuses_its_masks_backward(far, small_blocks):
+    q, k, v, _ = sample(2, 2, (2, 3), 1, 3, 1, torch.float64)
+    tables = sample_tables(KINDS[-1], (2, 3), (1, 2, 1), torch.float64)
+    with torch.no_grad():  # far: the second head is done again, with a shift
+        tables['bias'][1].add_(far)
 
     def run(q, k, v, prior, bias):
         torch.manual_seed(5)
