@@ -33,6 +33,8 @@ def _traced() -> bool:
 
 def _autocast_dtype(device: str) -> Optional[torch.dtype]:
     """The dtype autocast gives to attention on this device; None if it is off."""
+    if device == 'meta':  # on which large models are built, and autocast knows none
+        return None
     if hasattr(torch, 'get_autocast_dtype'):
         on = torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if on else None

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked import _LARGE_SUM, _SMALL_SUM, _drop, _generator
+from .chunked import _LARGE_SUM, _SMALL_SUM, _Dropout
 from .compat import compute_dtype
 
 # Sides of a tile of queries.
@@ -329,7 +329,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
 def _forward(q, k, v, groups, hw, scale, extra, p, seed, dtype):
     """The patches' result (B, heads, N, d_v), and sums and shifts of its rows."""
     batch, heads, tokens, _ = q.shape
-    generator = _generator(seed, q.device)
+    dropout = _Dropout(p, seed, q.device)
     out = v.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
     sums = q.new_empty(batch, heads, tokens, 1, dtype=dtype)
     shifts = None
@@ -356,7 +356,7 @@ def _forward(q, k, v, groups, hw, scale, extra, p, seed, dtype):
                     break
                 shifts = torch.zeros_like(sums)
             if p:
-                s.mul_(_drop(step.room(1, queries, keys), p, generator))
+                s.mul_(dropout.fill(step.room(1, queries, keys)))
             step.put(total, tile, row)
             part = torch.bmm(s.flatten(0, 1), values)
             step.put(mixed, tile, part.div_(row.flatten(0, 1)))
@@ -370,7 +370,7 @@ def _forward(q, k, v, groups, hw, scale, extra, p, seed, dtype):
 def _backward(grad, saved, groups, hw, scale, extra, p, seed, dtype):
     """Gradients of q, k and v; those of the tables gather in the groups' blocks."""
     q, k, v, out, sums, shifts = saved
-    generator = _generator(seed, q.device)
+    dropout = _Dropout(p, seed, q.device)
     results = [torch.empty_like(x, dtype=dtype) for x in (q, k, v)]
     for group, step in _steps(groups, q, k, v, hw, extra, dtype):
         # g' = g / rowsum and D = rowsum(g' * out)
@@ -390,7 +390,7 @@ def _backward(grad, saved, groups, hw, scale, extra, p, seed, dtype):
             _multiply(g_rows, values.transpose(1, 2), d)
             weights = e
             if p:
-                weights = _drop(torch.empty_like(e), p, generator)
+                weights = dropout.fill(torch.empty_like(e))
                 d.mul_(weights)
                 weights.mul_(e)
             step.add_near(dv, tile, weights.flatten(0, 1).transpose(1, 2) @ g_rows)

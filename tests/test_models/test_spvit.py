@@ -282,6 +282,15 @@ def test_any_size():
         assert model(torch.randn(1, 3, *size))[0].shape == (1, 24)
 
 
+@pytest.mark.parametrize(
+    'attn_cfg', [None, dict(combine='add'), dict(type='RotaryPositionAttention')]
+)
+def test_runs_on_the_meta_device(attn_cfg):
+    with torch.device('meta'):
+        model = build(attn_cfg=attn_cfg, arch=dict(ARCH, num_heads=2))
+        assert model(torch.randn(1, 3, 32, 40))[0].shape == (1, 24)
+
+
 def test_numpy_integers_are_integers():
     model = build(
         num_spsa_layers=np.int64(1),
