@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mmpretrain.registry import MODELS
 
 from ..ops import expand_prior
-from ..ops.compat import compute_dtype
+from ..ops.compat import compute_dtype, no_autocast
 from .attention import GridAttention
 from .checks import check_choice
 from .priors import relative_offsets
@@ -152,7 +152,7 @@ class GatedPositionalAttention(GridAttention):
     def mix(self, scores, hw_shape, rescale=None):
         """A_h (B, heads, T, T) of the scaled content scores (B, heads, T, T)."""
         hw_shape = _numbers(hw_shape)
-        with torch.autocast(scores.device.type, enabled=False):
+        with no_autocast(scores.device):
             dtype = compute_dtype(scores.dtype)
             content = scores.to(dtype).softmax(dim=-1)
             table = self.position_scores(hw_shape, rescale).to(dtype)

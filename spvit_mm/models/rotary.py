@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mmpretrain.registry import MODELS
 
-from ..ops.compat import compute_dtype
+from ..ops.compat import compute_dtype, no_autocast
 from .attention import GridAttention
 from .checks import check_choice
 
@@ -135,7 +135,7 @@ class RotaryPositionAttention(GridAttention):
         Returns:
             Tuple[Tensor, Tensor]: Like ``q`` and ``k``.
         """
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q.device):
             pad = (0, 0, self.num_extra_tokens, 0)
             dtype = compute_dtype(q.dtype)
             cos, sin = self.rotations(hw, q.device, dtype, rescale)

@@ -16,3 +16,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     torch.promote_types says the same, but dynamo of torch < 2.3 cannot trace it.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Autocast switched off on a device, for what is computed in float32 at least.
+
+    Autocast knows no meta device, on which large models are built.
+    """
+    return torch.autocast(
+        'cpu' if device.type == 'meta' else device.type, enabled=False
+    )

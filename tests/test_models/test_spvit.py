@@ -283,7 +283,13 @@ def test_any_size():
 
 
 @pytest.mark.parametrize(
-    'attn_cfg', [None, dict(combine='add'), dict(type='RotaryPositionAttention')]
+    'attn_cfg',
+    [
+        None,
+        dict(combine='add'),
+        dict(type='RotaryPositionAttention'),
+        dict(type='GatedPositionalAttention', init='random'),
+    ],
 )
 def test_runs_on_the_meta_device(attn_cfg):
     with torch.device('meta'):

@@ -14,7 +14,7 @@ import torch
 from mmengine.model import BaseModule
 
 from ...ops import expand_prior
-from ...ops.compat import is_compiling
+from ...ops.compat import is_compiling, no_autocast
 from ..checks import check_choice, check_int
 
 
@@ -210,10 +210,7 @@ class SpatialPrior(BaseModule):
         return place_offsets(offsets, hw, train_grid, self.coords).flatten(0, 1)
 
     def _table(self, function, offsets, hw):
-        device_type = offsets.device.type
-        # autocast knows no meta device, on which large models are built.
-        device_type = 'cpu' if device_type == 'meta' else device_type
-        with torch.autocast(device_type, enabled=False):
+        with no_autocast(offsets.device):
             values = function(offsets)
         if values is None:
             return None
