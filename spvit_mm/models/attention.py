@@ -187,6 +187,11 @@ class SpatialPriorAttention(GridAttention):
             embed_dims, num_heads, num_extra_tokens, grid, qk_scale, **kwargs
         )
         check_choice('combine', combine, self.COMBINES)
+        if combine == 'multiply' and strength != 1:
+            raise ValueError(
+                "`strength` is the factor of what is added, and combine='multiply' adds "
+                f"nothing, got strength={strength!r}. Take combine='add' or 'both'."
+            )
         self.combine = combine
         self.strength = strength
         self.attn_impl = attn_impl

@@ -9,6 +9,7 @@ import math
 import torch
 from mmpretrain.models.utils import resize_pos_embed
 
+from ..utils import CheckpointError
 from .priors import SpatialPrior
 from .priors.base import COORDS_OF_A_GRID
 
@@ -70,11 +71,11 @@ def split_pos_embed(pos_embed, grid):
         there is none, and the patches' (1, H * W, C).
 
     Raises:
-        ValueError: If there is more than one extra entry, or fewer than patches.
+        CheckpointError: If there is more than one extra entry, or fewer than patches.
     """
     length, num_patches = pos_embed.shape[1], grid[0] * grid[1]
     if length not in (num_patches, num_patches + 1):
-        raise ValueError(
+        raise CheckpointError(
             f'The checkpoint has a `pos_embed` of {length} entries for a grid of '
             f'{grid[0]} x {grid[1]} = {num_patches} patches; SPViT takes '
             'none or one more, for the class token. (Distilled DeiT has two.)'

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.utils import ManagerMixin
+from mmpretrain.registry import MODELS
 
 from spvit_mm.apis import find_resume_checkpoint, run_cli
 from spvit_mm.utils import UserError
@@ -469,3 +471,14 @@ def test_scripts(trained, data, tmp_path):
         done = subprocess.run([str(script)], capture_output=True, text=True)
         assert done.returncode == 2
         assert 'Usage' in done.stderr
+
+
+def test_a_deployed_checkpoint_is_told_in_words(tmp_path, capsys, mmpretrain_scope):
+    """By test.py, too, which loads it deep inside mmengine."""
+    config = str(ROOT / 'configs/classification/spvit-mini_1xb64-50e_digits.py')
+    model = MODELS.build(Config.fromfile(config).model)
+    model.backbone.switch_to_deploy()
+    path = tmp_path / 'deployed.pth'
+    torch.save(dict(state_dict=model.state_dict()), path)
+    message = fails(capsys, 'test.py', config, path, '--work-dir', tmp_path / 'work')
+    assert 'The checkpoint is in deploy form' in message

@@ -15,6 +15,7 @@ from mmengine.model import BaseModule
 
 from ...ops import expand_prior
 from ...ops.compat import is_compiling, no_autocast
+from ...utils import CheckpointError
 from ..checks import check_choice, check_int
 
 
@@ -227,7 +228,7 @@ class SpatialPrior(BaseModule):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + 'omega' in state_dict:
-            raise ValueError(
+            raise CheckpointError(
                 f'The checkpoint is in deploy form: it holds the values of the prior '
                 f'{prefix.rstrip(".")!r} on one grid and no parameters. Build the '
                 'model with deploy=True (`model.backbone.deploy=True` in a config), '

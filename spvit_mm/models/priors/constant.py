@@ -3,6 +3,7 @@
 import torch
 from mmengine.model import BaseModule
 
+from ...utils import CheckpointError
 from .base import SpatialPrior
 
 
@@ -70,7 +71,7 @@ class ConstantSpatialPrior(SpatialPrior):
         value = state_dict.get(prefix + 'omega')
         if value is None:
             if any(key.startswith(prefix) for key in state_dict):
-                raise ValueError(
+                raise CheckpointError(
                     f'The checkpoint holds the parameters of the prior '
                     f'{prefix.rstrip(".")!r}, but this model is in deploy form, which '
                     'holds its values on one grid. Convert the checkpoint with '
