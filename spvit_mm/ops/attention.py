@@ -23,7 +23,7 @@ ATTN_IMPLS = ('auto', 'eager', 'chunked', 'local', 'sdpa', 'flex')
 SDPA_BYTES = 1 << 21
 # On the CPU 'auto' takes the tiles of 'local' where they compute up to this part of all
 # pairs.
-LOCAL_SHARE = 0.5
+LOCAL_SHARE = 0.4
 
 
 def _traced() -> bool:
