@@ -142,7 +142,8 @@ class SpatialPriorAttention(GridAttention):
             is handed to :meth:`forward`. Defaults to
             ``dict(type='MLPSpatialPrior')``.
         combine (str): 'multiply', 'add' or 'both'. Defaults to 'multiply'.
-        strength (float): Factor of what is added. Defaults to 1.
+        strength (float): Factor of what is added; a product has none.
+            Defaults to 1.
         num_extra_tokens (int): Class and other tokens in front of the patch
             tokens; pairs that involve them take the neutral value, and are always
             visible. Defaults to 0.
@@ -187,11 +188,6 @@ class SpatialPriorAttention(GridAttention):
             embed_dims, num_heads, num_extra_tokens, grid, qk_scale, **kwargs
         )
         check_choice('combine', combine, self.COMBINES)
-        if combine == 'multiply' and strength != 1:
-            raise ValueError(
-                "`strength` is the factor of what is added, and combine='multiply' adds "
-                f"nothing, got strength={strength!r}. Take combine='add' or 'both'."
-            )
         self.combine = combine
         self.strength = strength
         self.attn_impl = attn_impl

@@ -198,8 +198,3 @@ def test_init_score_means_the_same_with_biases_and_without(extra):
     with_bias.qkv.bias.data[32:] = 0
     x = torch.randn(2, extra + 6, 16)
     torch.testing.assert_close(with_bias(x, (2, 3)), without(x, (2, 3)))
-
-
-def test_strength_is_for_a_sum():
-    with pytest.raises(ValueError, match="combine='multiply' adds nothing.*strength=2"):
-        SpatialPriorAttention(16, 4, strength=2)
