@@ -204,15 +204,10 @@ class SpatialPriorAttention(GridAttention):
             self.score = nn.Parameter(torch.empty(num_heads))
         self.prior = self.bias_prior = None
         if prior is not None:
-            self.prior = self._build_prior(prior)
+            self.prior = build_prior(prior, num_heads, self.grid, combine)
             if combine == 'both':
-                self.bias_prior = self._build_prior(prior)
+                self.bias_prior = build_prior(prior, num_heads, self.grid, combine)
         self.reset_score()
-
-    def _build_prior(self, cfg):
-        prior = build_child(cfg, 'prior', num_heads=self.num_heads, grid=self.grid)
-        check_prior(prior, self.num_heads, self.combine)
-        return prior
 
     def set_depth(self, layer, num_layers):
         for prior in (self.prior, self.bias_prior):
@@ -298,8 +293,22 @@ class SpatialPriorAttention(GridAttention):
         return omega, bias, keep
 
 
-def check_prior(prior, num_heads, combine):
-    """Raise a ValueError for a prior that an attention cannot take."""
+def build_prior(cfg, num_heads, grid, combine):
+    """Build a prior for an attention of so many heads.
+
+    Args:
+        cfg (dict): Its config.
+        num_heads (int): Heads of the attention.
+        grid (Tuple[int, int], optional): The grid (H, W) at training.
+        combine (str): As of :class:`SpatialPriorAttention`.
+
+    Returns:
+        SpatialPrior: The prior.
+
+    Raises:
+        ValueError: If an attention cannot take it.
+    """
+    prior = build_child(cfg, 'prior', num_heads=num_heads, grid=grid)
     if prior.num_heads not in (1, num_heads):
         raise ValueError(
             f'`prior` has num_heads={prior.num_heads}, but an attention '
@@ -313,3 +322,4 @@ def check_prior(prior, num_heads, combine):
             'are no bias, they choose what is multiplied. Take masked=True to mask what '
             "lies outside, soft=True for a bias, or combine='multiply'."
         )
+    return prior

@@ -13,8 +13,8 @@ from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
 from mmpretrain.registry import MODELS
 from torch.utils.checkpoint import checkpoint
 
-from .attention import SpatialPriorAttention, check_prior, evaluate_priors
-from .builder import build_child, resolve_type
+from .attention import SpatialPriorAttention, build_prior, evaluate_priors
+from .builder import resolve_type
 from .checks import check_choice, check_heads, check_int, check_sides, is_int
 from .deploy import check_folded, check_grid, fold_priors
 from .embed import build_stem
@@ -396,20 +396,14 @@ class SPViT(VisionTransformer):
         if self.share_prior == 'heads':
             prior = {**prior, 'num_heads': 1}
         elif self.share_prior == 'network' and self.num_spsa_layers:
+            num_heads = self.arch_settings['num_heads']
             combine = attn_cfg.get('combine', 'multiply')
-            self.prior = self._build_shared_prior(prior, combine)
+            args = (prior, num_heads, self.patch_resolution, combine)
+            self.prior = build_prior(*args)
             if combine == 'both':
-                self.bias_prior = self._build_shared_prior(prior, combine)
+                self.bias_prior = build_prior(*args)
             prior = None
         return {**attn_cfg, 'prior': prior}
-
-    def _build_shared_prior(self, cfg, combine):
-        num_heads = self.arch_settings['num_heads']
-        prior = build_child(
-            cfg, 'prior', num_heads=num_heads, grid=self.patch_resolution
-        )
-        check_prior(prior, num_heads, combine)
-        return prior
 
     def _init_layers(
         self, attn_cfg, layer_cfgs, drop_path_rate, drop_rate, layer_scale_init_value

@@ -156,7 +156,8 @@ class _Block:
     def __init__(self, table, hw, reach, extra, neutral) -> None:
         self.hw, self.reach, self.extra, self.neutral = hw, reach, extra, neutral
         self.keys = (TILE + reach.up + reach.down, TILE + reach.left + reach.right)
-        near = self._near(table)
+        # Outside the table lies what no tile reads.
+        near = F.pad(table, self._margins())
         pairs = near.unfold(1, self.keys[0], 1).unfold(2, self.keys[1], 1)
         self.whole = pairs.flip(1, 2)  # (heads, TILE, TILE, key rows, key columns)
         self.parts: dict[tuple, Tensor] = {}
@@ -171,10 +172,6 @@ class _Block:
             reach.up + TILE - height,
             reach.down + TILE - height,
         )
-
-    def _near(self, table: Tensor) -> Tensor:
-        """The offsets that a tile meets; outside the table, what no tile reads."""
-        return F.pad(table, self._margins())
 
     def at(self, tile: _Tile) -> Tensor:
         """The block of a tile, ``(heads, queries, extra + keys)``."""

@@ -194,6 +194,8 @@ class SpatialPrior(BaseModule):
 
     def keep(self, hw, device=None):
         """The table of :meth:`visible`, (num_heads, 2H-1, 2W-1), bool, or None."""
+        if type(self).visible is SpatialPrior.visible:
+            return None
         return self._table(self.visible, self._offsets(hw, device), hw)
 
     def _offsets(self, hw, device, rescale=None):
