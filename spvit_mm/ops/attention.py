@@ -14,16 +14,15 @@ from .chunked import chunked_attention
 from .compat import is_compiling
 from .eager import eager_attention, sdpa_attention
 from .flex import flex_prior_attention, flex_works, why_not_flex
-from .local import kept_share, local_attention
+from .local import local_attention, local_cost
 from .prior import check_keep, check_table, mask_bias
 
 ATTN_IMPLS = ('auto', 'eager', 'chunked', 'local', 'sdpa', 'flex')
 # On the CPU 'auto' lets torch's own attention add the bias of all pairs of tokens up to
 # this many bytes, which stay in the cache; beyond, blocks that never write it are faster.
 SDPA_BYTES = 1 << 21
-# On the CPU 'auto' takes the tiles of 'local' where they compute up to this part of all
-# pairs.
-LOCAL_SHARE = 0.4
+# On the CPU 'auto' takes 'local' where it costs up to this part of all pairs.
+LOCAL_SHARE = 0.6
 
 
 def _traced() -> bool:
@@ -108,8 +107,10 @@ def _choose(q, v, tables, hw, dtype, needs_grad: bool, dropout_p: float) -> str:
         return 'flex'
     if q.device.type != 'cpu':
         return all_pairs
-    if 'keep' in tables and kept_share(tables['keep'], hw) <= LOCAL_SHARE:
-        return 'local'
+    if 'keep' in tables:
+        extra = q.shape[2] - hw[0] * hw[1]
+        if local_cost(tables['keep'], hw, extra) <= LOCAL_SHARE:
+            return 'local'
     heads = max(table.shape[0] for table in tables.values())
     small = heads * q.shape[2] ** 2 * q.element_size() <= SDPA_BYTES
     # With dropout, or a gradient of the mask, torch computes operation by operation.
@@ -175,9 +176,9 @@ def spatial_prior_attention(
             - 'chunked': blocks of queries; memory grows as N. Backward by
               recomputation, once. Runs on every device; is eager in a trace, compiled
               or exported.
-            - 'local': tiles of queries, each against the keys that some kept offset
-              reaches; time and memory grow as N times what is kept. Needs ``keep``;
-              otherwise as 'chunked'.
+            - 'local': bands or tiles of queries, whichever cost less, each against the
+              keys that some kept offset reaches; time and memory grow as N times what
+              is kept. Needs ``keep``; otherwise as 'chunked'.
             - 'sdpa': torch's scaled_dot_product_attention with the bias of all pairs
               of tokens as its mask, rounded to the dtype of the queries; no ``prior``.
               Is eager under torch.jit.trace.
@@ -186,7 +187,7 @@ def spatial_prior_attention(
               are not kept are skipped.
             - 'auto': on CUDA 'flex' where it can run and compiles (tried once for every
               shape; where it fails, a warning says why). On the CPU 'chunked', but
-              'local' where its tiles hold up to ``LOCAL_SHARE`` of all pairs, and
+              'local' where it costs up to ``LOCAL_SHARE`` of all pairs, and
               'sdpa' where it is exact, the bias and the mask need no gradient and take
               up to ``SDPA_BYTES`` for all pairs, and there is no dropout. Elsewhere,
               and traced, compiled or exported, 'sdpa' where it is exact, else 'eager'.

@@ -15,6 +15,9 @@ over the scores that a shift costs. The division by the row's sum is left to the
 Keys and values are taken in reverse order, so that omega and beta of all pairs are
 views of a table's strip (:mod:`~spvit_mm.ops.prior`); a softmax does not see the order.
 
+Where only near offsets are kept, a block is a *band* of rows, whose keys are the rows of
+the grid that its queries reach: one piece of k and of v, so nothing is copied.
+
 The backward pass computes each block afresh (as FlashAttention does, Dao et al.,
 arXiv 2205.14135): saved are q, k, v, the tables, the result and one or two numbers
 a row. With ``g' = g / rowsum(E)`` and ``D = rowsum(g' * out)``,
@@ -28,10 +31,12 @@ prior and of dL for the bias.
 
 from __future__ import annotations
 
-from math import prod
+import math
+from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -42,12 +47,18 @@ from .prior import expand_columns, fold_columns, windows
 # within +-41, and products with values and gradients stay far from the ends of
 # float32.
 _SMALL_SUM, _LARGE_SUM = 1e-18, 1e18
+# Biases below it, minus infinity first, make some of the exp 0.
+_DEEP = -80.0
 # Bytes of the scores of one block, per thread: the second-level cache of current server
 # cores. Much less makes products of few rows, which are slow.
 _BLOCK_BYTES = 2 << 20
 # From this many blocks that share keys on, a row-major copy of k^T is repaid: products
 # with it are up to a third faster.
 _COPY_FROM = 4
+# Queries of a band: fewer make products of few rows, more compute pairs that are far.
+_BAND_QUERIES = 128
+# Heads share bands while these have at most so many times the keys of the smaller one.
+_ALIKE = 1.3
 
 
 class Plan(NamedTuple):
@@ -59,13 +70,48 @@ class Plan(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Rows of the grid and their tokens; ``first`` of these are extra ones."""
+    """Rows of the grid and their tokens; ``first`` of these are extra ones.
+
+    ``keys`` are the columns of the scores that are computed, None for all.
+    """
 
     t0: int
     t1: int
     y0: int
     y1: int
     first: int
+    keys: Optional[slice] = None
+
+    def near(self, x: Tensor, dim: int) -> Tensor:
+        """The block's part of ``x``, which has the reversed keys in dimension ``dim``."""
+        if self.keys is None:
+            return x
+        return x.narrow(dim, self.keys.start, self.keys.stop - self.keys.start)
+
+
+class Reach(NamedTuple):
+    """How far the kept offsets lie from the query, in patches to each side."""
+
+    up: int
+    down: int
+    left: int
+    right: int
+
+    def union(self, other: Reach) -> Reach:
+        return Reach(*map(max, self, other))
+
+
+class Band(NamedTuple):
+    """Heads that are worked on together, rows of a block, and rows of keys it reaches."""
+
+    heads: slice
+    rows: int
+    up: int
+    down: int
+
+    def keys(self, hw: tuple[int, int]) -> int:
+        """The rows of keys of a block within the grid."""
+        return min(hw[0], self.rows + self.up + self.down)
 
 
 def plan_blocks(
@@ -102,28 +148,66 @@ def plan_blocks(
     return Plan(1, together, max(1, min(height, rows)))
 
 
-def _row_blocks(plan: Plan, hw: tuple[int, int], extra: int) -> list[Block]:
+def plan_bands(
+    near: Sequence[Reach], hw: tuple[int, int], item: int, threads: int
+) -> list[Band]:
+    """Cut the grid into bands; neighbouring heads that reach alike share them.
+
+    Args:
+        near (Sequence[Reach]): One for each head.
+        hw (tuple[int, int]): Grid.
+        item (int): Bytes of one score.
+        threads (int): Threads that work on one block together.
+    """
+    rows = min(hw[0], max(1, _BAND_QUERIES // hw[1]))
+    bands = []
+    for head, (up, down, *_) in enumerate(near):
+        own = Band(slice(head, head + 1), rows, up, down)
+        if bands:
+            last = bands[-1]
+            heads = slice(last.heads.start, head + 1)
+            both = Band(heads, rows, max(last.up, up), max(last.down, down))
+            size = (heads.stop - heads.start) * rows * both.keys(hw) * hw[1] ** 2 * item
+            alike = both.keys(hw) <= _ALIKE * min(last.keys(hw), own.keys(hw))
+            if alike and size <= _BLOCK_BYTES * threads:
+                bands[-1] = both
+                continue
+        bands.append(own)
+    return bands
+
+
+def band_share(near: Sequence[Reach], hw: tuple[int, int]) -> float:
+    """What part of all pairs the bands compute, the mean over the heads."""
+    bands = plan_bands(near, hw, 1, 1)
+    keys = sum((x.heads.stop - x.heads.start) * x.keys(hw) for x in bands)
+    return keys / (len(near) * hw[0])
+
+
+def _row_blocks(rows: int, hw: tuple[int, int], extra: int, band=None) -> list[Block]:
     height, width = hw
     blocks = []
-    for y0 in range(0, height, plan.rows):
-        y1 = min(height, y0 + plan.rows)
+    for y0 in range(0, height, rows):
+        y1 = min(height, y0 + rows)
         first = extra if y0 == 0 else 0
         tokens = (extra + y0 * width - first, extra + y1 * width)
-        blocks.append(Block(*tokens, y0, y1, first))
+        keys = None
+        if band is not None:
+            above, below = max(0, y0 - band.up), min(height, y1 + band.down)
+            keys = slice((height - below) * width, (height - above) * width)
+        blocks.append(Block(*tokens, y0, y1, first, keys))
     return blocks
 
 
 class _Scores:
-    """A block's scores in one piece of memory: ``flat``, ``(matrices, rows, T)``, and
-    its ``grid``, the pairs without extra tokens, ``(images, heads, y, W, H * W)``.
+    """A block's scores in one piece of memory: ``flat``, ``(matrices, rows, keys)``, and
+    its ``grid``, the pairs without extra tokens, ``(images, heads, y, W, keys)``.
 
-    The extra tokens are first among the rows and last among the columns.
+    The extra tokens are first among the rows and last among the keys.
     """
 
-    def __init__(self, memory: Tensor, block: Block, plan: Plan, hw, tokens: int):
+    def __init__(self, memory: Tensor, block: Block, shape: tuple, hw):
         height, width = hw
-        shape = (plan.images, plan.heads, block.t1 - block.t0, tokens)
-        scores = memory[: prod(shape)].view(shape)
+        scores = memory[: math.prod(shape)].view(shape)
         self.flat = scores.flatten(0, 1)
         pairs = scores[:, :, block.first :, : height * width]
         self.grid = pairs.unflatten(2, (block.y1 - block.y0, width))
@@ -149,7 +233,7 @@ class _Table:
     def add_grad(self, of: slice, block: Block, one: Tensor, other: Optional[Tensor]):
         """Add ``one``, or ``one * other``, summed over images, to the gradient.
 
-        Both are ``(images, heads, y, W, H * W)``; ``of`` says which heads, and
+        Both are ``(images, heads, y, W, keys)``; ``of`` says which heads, and
         ``other`` is used up.
         """
         if self.grad is None:
@@ -163,7 +247,7 @@ class _Table:
         grad = self.grad if self.pairs else windows(self.grad, self.hw)
         step = one.shape[2] if self.pairs else 1
         for y in range(0, one.shape[2], step):
-            into = grad[of, block.y0 + y : block.y0 + y + step]
+            into = block.near(grad[of, block.y0 + y : block.y0 + y + step], 3)
             rows = slice(y, y + step)
             if other is None:
                 into.add_(one[0, :, rows])
@@ -183,54 +267,86 @@ class _Table:
 
 
 class _Step:
-    """One block of rows: the memory it works in, and its omega and beta."""
+    """One block of some heads: the memory it works in, and its omega and beta.
 
-    def __init__(self, block: Block, room, plan: Plan, hw, tokens: int) -> None:
+    Args:
+        block (Block): The block.
+        room (Tensor): Memory for scores, ``(buffers, numbers)``.
+        shape (tuple): Of the scores, ``(images, heads, rows, keys)``.
+        hw (tuple[int, int]): Grid.
+        values (list): Omega and beta of all pairs of the heads, either may be None.
+    """
+
+    def __init__(self, block: Block, room: Tensor, shape: tuple, hw, values) -> None:
         self.block = block
         self.rows = slice(block.t0, block.t1)
-        self.scores = [_Scores(memory, block, plan, hw, tokens) for memory in room]
+        self.scores = [_Scores(memory, block, shape, hw) for memory in room]
+        self.omega, self.beta = (
+            None if x is None else block.near(x[:, block.y0 : block.y1], 3)
+            for x in values
+        )
 
-    def logits(self, scores: _Scores, out: _Scores, omega, beta) -> None:
+    def logits(self, scores: _Scores, out: _Scores) -> None:
         """``out = omega * scores + beta``; ``out`` may be ``scores`` itself."""
         if out is not scores:
             grid, first = scores.grid.shape[-1], self.block.first
             out.flat[..., grid:].copy_(scores.flat[..., grid:])
             out.flat[:, :first].copy_(scores.flat[:, :first])
-        if beta is None:
-            torch.mul(scores.grid, omega, out=out.grid)
-        elif omega is None:
-            torch.add(scores.grid, beta, out=out.grid)
+        if self.beta is None:
+            torch.mul(scores.grid, self.omega, out=out.grid)
+        elif self.omega is None:
+            torch.add(scores.grid, self.beta, out=out.grid)
         else:
-            torch.addcmul(beta, scores.grid, omega, out=out.grid)
+            torch.addcmul(self.beta, scores.grid, self.omega, out=out.grid)
 
 
 class _Work:
-    """How a call is cut, the memory of its blocks and its tables."""
+    """How a call is cut, the memory of its blocks and its tables.
 
-    def __init__(self, q, prior, bias, hw, extra: int, plan: Plan, buffers: int):
+    ``groups`` are pairs: which matrices (of several images, all of them) are worked on
+    together, and their steps.
+    """
+
+    def __init__(self, q, prior, bias, hw, extra: int, plan, buffers: int):
         batch, heads, tokens, _ = q.shape
-        self.count = batch // plan.images
-        most = plan.images * plan.heads * (plan.rows * hw[1] + extra) * tokens
-        room = q.new_empty(buffers, most, dtype=compute_dtype(q.dtype))
-        blocks = _row_blocks(plan, hw, extra)
-        self.steps = [_Step(block, room, plan, hw, tokens) for block in blocks]
-        pairs = (plan.heads, plan.rows) == (heads, hw[0]) and batch > 1
+        # Whether an exp without a shift may meet what it is slow at.
+        self.deep = bias is not None and float(bias.min()) < _DEEP
+        self.near = not isinstance(plan, Plan)
+        if self.near:
+            images, pairs = 1, False
+            cut = [(x.heads, _row_blocks(x.rows, hw, 0, x)) for x in plan]
+        else:
+            images = plan.images
+            pairs = (plan.heads, plan.rows) == (heads, hw[0]) and batch > 1
+            blocks = _row_blocks(plan.rows, hw, extra)
+            starts = range(0, heads, plan.heads)
+            cut = [(slice(h, h + plan.heads), blocks) for h in starts]
+        self.count = batch // images
         self.prior, self.bias = (
             None if table is None else _Table(table, hw, heads, pairs)
             for table in (prior, bias)
         )
-        # For each group of heads, which matrices it is (of several images, all of
-        # them) and by step its omega and beta.
+        shapes = []
+        for of, blocks in cut:
+            count = of.stop - of.start
+            for block in blocks:
+                keys = tokens
+                if block.keys is not None:
+                    keys = block.keys.stop - block.keys.start
+                shapes.append((images, count, block.t1 - block.t0, keys))
+        most = max(map(math.prod, shapes))
+        room = q.new_empty(buffers, most, dtype=compute_dtype(q.dtype))
+        shape = iter(shapes)
         self.groups = []
-        for h in range(0, heads, plan.heads):
-            of = slice(h, h + plan.images * plan.heads)
-            self.groups.append((of, [self._values(of, block) for block in blocks]))
-
-    def _values(self, of: slice, block: Block) -> list:
-        return [
-            None if table is None else table.values[of, block.y0 : block.y1]
-            for table in (self.prior, self.bias)
-        ]
+        for of, blocks in cut:
+            values = [
+                None if table is None else table.values[of]
+                for table in (self.prior, self.bias)
+            ]
+            steps = [_Step(block, room, next(shape), hw, values) for block in blocks]
+            if images > 1:
+                of = slice(0, images * heads)
+            self.groups.append((of, steps))
 
     def images(self, *tensors: Tensor):
         """Yield the parts of the images that are worked on together.
@@ -278,6 +394,24 @@ def _settle(x: Tensor, target: Tensor) -> None:
         x.copy_(target.view(x.shape))
 
 
+def exp_(logits: Tensor, deep: bool) -> Tensor:
+    """``exp`` in place, fast also where it is 0.
+
+    The vector libraries of CPUs take minus infinity, and whatever else falls below the
+    smallest ordinary number, one by one: some forty times slower than the rest.
+
+    Args:
+        logits (Tensor): Of a floating type.
+        deep (bool): Whether there may be such: they are lifted to where ``exp`` is
+            ordinary, and their results set to 0.
+    """
+    if not deep:
+        return logits.exp_()
+    tiny = torch.finfo(logits.dtype).tiny
+    logits.clamp_(min=math.log(1.5 * tiny)).exp_()
+    return F.threshold_(logits, 2 * tiny, 0.0)
+
+
 class _Dropout:
     """Masks of 0 or 1 / (1 - p), the same in the same order for the same seed."""
 
@@ -311,24 +445,25 @@ def _forward(q, k, v, prior, bias, hw, scale, extra, p, seed, plan):
         q_all = _flat(q4, dtype)
         k_all, v_all = _reversed(k4, dtype), _reversed(v4, dtype)
         k_t = k_all.transpose(1, 2)
-        if len(work.steps) >= _COPY_FROM:
+        if len(work.groups[0][1]) >= _COPY_FROM:
             k_t = k_t.contiguous()
         mixed = _target(out4, dtype)
-        for of, tables in work.groups:
-            keys, values = k_t[of], v_all[of]
+        for of, steps in work.groups:
+            k_of, v_of = k_t[of], v_all[of]
             while True:
                 state = dropout.state()
-                for step, of_step in zip(work.steps, tables, strict=True):
+                for step in steps:
                     rows = (of, step.rows)
                     s, *mask = step.scores
+                    keys, values = step.block.near(k_of, 2), step.block.near(v_of, 1)
                     torch.baddbmm(
                         s.flat, q_all[rows], keys, beta=0, alpha=scale, out=s.flat
                     )
-                    step.logits(s, s, *of_step)
+                    step.logits(s, s)
                     if shifted:
                         torch.amax(s.flat, -1, keepdim=True, out=shift[rows])
                         s.flat.sub_(shift[rows])
-                    s.flat.exp_()
+                    exp_(s.flat, shifted or work.deep)
                     torch.sum(s.flat, -1, keepdim=True, out=total[rows])
                     if p:
                         s.flat.mul_(dropout.fill(mask[0].flat))
@@ -361,33 +496,40 @@ def _backward(grad, saved, needs, hw, scale, extra, p, seed, plan):
         q_all = _flat(q4, dtype)
         k_all, v_all = _reversed(k4, dtype), _reversed(v4, dtype)
         k_t, v_t = k_all.transpose(1, 2), v_all.transpose(1, 2)
-        if len(work.steps) >= _COPY_FROM:
+        if len(work.groups[0][1]) >= _COPY_FROM:
             k_t, v_t = k_t.contiguous(), v_t.contiguous()
         g_all = _flat(grad4, dtype) / total
         dots = (g_all * _flat(out4, dtype)).sum(-1, keepdim=True)
         dq_all = _target(dq4, dtype)
         dk_all, dv_all = torch.empty_like(k_all), torch.empty_like(v_all)
-        for of, tables in work.groups:
-            keys, keys_t, values_t = k_all[of], k_t[of], v_t[of]
-            dk_sum, dv_sum = dk_all[of], dv_all[of]
-            for step, (omega, beta) in zip(work.steps, tables, strict=True):
+        if work.near:
+            dk_all.zero_()
+            dv_all.zero_()
+        for of, steps in work.groups:
+            of_keys = [(k_all[of], 1), (k_t[of], 2), (v_t[of], 2)]
+            of_keys += [(dk_all[of], 1), (dv_all[of], 1)]
+            for step in steps:
                 rows = (of, step.rows)
                 e, d, s, *mask = step.scores
+                keys, keys_t, values_t, dk_sum, dv_sum = (
+                    step.block.near(x, dim) for x, dim in of_keys
+                )
                 if not needs[0]:
                     s = e  # the scores serve the prior's gradient alone
                 q_rows, g, dq_rows = q_all[rows], g_all[rows], dq_all[rows]
                 torch.baddbmm(s.flat, q_rows, keys_t, beta=0, alpha=scale, out=s.flat)
-                step.logits(s, e, omega, beta)
+                step.logits(s, e)
                 if shifted:
                     e.flat.sub_(shift[rows])
-                e.flat.exp_()
+                exp_(e.flat, shifted or work.deep)
                 torch.bmm(g, values_t, out=d.flat)
                 weights = e.flat
                 if p:
                     weights = dropout.fill(mask[0].flat)
                     d.flat.mul_(weights)
                     weights.mul_(e.flat)
-                add = int(step.block.t0 > 0)  # the first overwrites what was there
+                # The first of all keys overwrites what was there.
+                add = int(work.near or step.block.t0 > 0)
                 weights_t, d_t = weights.transpose(1, 2), d.flat.transpose(1, 2)
                 torch.baddbmm(dv_sum, weights_t, g, beta=add, out=dv_sum)
                 d.flat.sub_(dots[rows]).mul_(e.flat)
@@ -395,8 +537,8 @@ def _backward(grad, saved, needs, hw, scale, extra, p, seed, plan):
                     work.bias.add_grad(of, step.block, d.grid, None)
                 if needs[0]:
                     work.prior.add_grad(of, step.block, d.grid, s.grid)
-                if omega is not None:
-                    d.grid.mul_(omega)
+                if step.omega is not None:
+                    d.grid.mul_(step.omega)
                 torch.baddbmm(dq_rows, d.flat, keys, beta=0, alpha=scale, out=dq_rows)
                 torch.baddbmm(dk_sum, d_t, q_rows, beta=add, alpha=scale, out=dk_sum)
         _settle(dq4, dq_all)
@@ -433,6 +575,7 @@ def chunked_attention(
     scale: float,
     num_extra_tokens: int,
     dropout_p: float,
+    near: Optional[Sequence[Reach]] = None,
 ) -> Tensor:
     """``softmax(omega * (q k^T * scale) + beta) v`` in blocks of queries.
 
@@ -440,14 +583,19 @@ def chunked_attention(
     once at the end. Differentiable once with respect to q, k, v and the tables, of
     which there is at least one; the backward pass repeats the dropout masks from a
     seed drawn here from the device's default generator. Arguments as in
-    :func:`~spvit_mm.ops.spatial_prior_attention`, already checked.
+    :func:`~spvit_mm.ops.spatial_prior_attention`, already checked; and ``near``: how
+    far each head sees, all offsets whose bias is not minus infinity. Then there may be no
+    extra tokens.
     """
     dtype = compute_dtype(q.dtype)
     prior, bias = (None if x is None else x.to(dtype) for x in (prior, bias))
     seed = int(torch.randint(1 << 62, ()).item()) if dropout_p else None
     batch, heads = q.shape[:2]
     threads = torch.get_num_threads()
-    plan = plan_blocks(batch, heads, hw, num_extra_tokens, dtype.itemsize, threads)
+    if near is None:
+        plan = plan_blocks(batch, heads, hw, num_extra_tokens, dtype.itemsize, threads)
+    else:
+        plan = plan_bands(near, hw, dtype.itemsize, threads)
     inputs = (q, k, v, prior, bias)
     settings = (tuple(hw), scale, num_extra_tokens, dropout_p, seed, plan)
     if torch.is_grad_enabled() and any(

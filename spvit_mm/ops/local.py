@@ -1,6 +1,8 @@
 """Attention over near keys alone: time and memory grow with what is kept.
 
-The grid is cut into tiles of queries. A tile attends to the smallest rectangle of keys
+On small grids the blocked kernel does it in bands of rows, see
+:mod:`~spvit_mm.ops.chunked`: it computes all keys of the rows that a band reaches, but
+copies nothing. On larger ones the grid is cut into tiles of queries. A tile attends to the smallest rectangle of keys
 that holds all that its queries keep, and to the extra tokens:
 
     +---------------------+
@@ -26,34 +28,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked import _LARGE_SUM, _SMALL_SUM, _Dropout
+from .chunked import (
+    _LARGE_SUM,
+    _SMALL_SUM,
+    Reach,
+    _Dropout,
+    band_share,
+    chunked_attention,
+    exp_,
+)
 from .compat import compute_dtype
+from .prior import mask_bias
 
 # Sides of a tile of queries.
 TILE = 8
 # Heads share tiles while their common rectangle has at most so many times the keys of
 # the smaller one.
 _ALIKE = 1.3
+# What a pair of a tile costs, with its copies, in pairs of a band.
+_TILE_PAIR = 1.5
 # Bytes of the scores of one step; several images share a step while they fit.
 _STEP_BYTES = 1 << 20
 
 
-class Reach(NamedTuple):
-    """How far the kept offsets lie from the query, in patches to each side."""
-
-    up: int
-    down: int
-    left: int
-    right: int
-
-    def union(self, other: Reach) -> Reach:
-        return Reach(*map(max, self, other))
-
-    def keys(self, hw: tuple[int, int]) -> int:
-        """Keys of a whole tile, at most those of the grid."""
-        height, width = hw
-        rows = min(height, min(TILE, height) + self.up + self.down)
-        return rows * min(width, min(TILE, width) + self.left + self.right)
+def keys_of_tile(reach: Reach, hw: tuple[int, int]) -> int:
+    """Keys of a whole tile, at most those of the grid."""
+    height, width = hw
+    rows = min(height, min(TILE, height) + reach.up + reach.down)
+    return rows * min(width, min(TILE, width) + reach.left + reach.right)
 
 
 def reaches(keep: Tensor, hw: tuple[int, int]) -> list[Reach]:
@@ -66,13 +68,13 @@ def reaches(keep: Tensor, hw: tuple[int, int]) -> list[Reach]:
     Returns:
         list[Reach]: One for each head.
     """
-    found = []
-    for table in keep:
-        dy = table.any(1).nonzero() - (hw[0] - 1)
-        dx = table.any(0).nonzero() - (hw[1] - 1)
-        sides = (-dy.min(), dy.max(), -dx.min(), dx.max())
-        found.append(Reach(*(max(0, int(side)) for side in sides)))
-    return found
+    sides = []
+    for size, dim in zip(hw, (2, 1), strict=True):
+        near = keep.any(dim).byte()
+        before = size - 1 - near.argmax(1)
+        after = size - 1 - near.flip(1).argmax(1)
+        sides += [before.clamp(min=0), after.clamp(min=0)]
+    return [Reach(*of_head) for of_head in torch.stack(sides, 1).tolist()]
 
 
 def group_heads(found: list[Reach], hw: tuple[int, int]) -> list[tuple[list, Reach]]:
@@ -86,11 +88,11 @@ def group_heads(found: list[Reach], hw: tuple[int, int]) -> list[tuple[list, Rea
         list[tuple[list, Reach]]: The heads of each group, and what holds all of them.
     """
     groups: list[tuple[list, Reach]] = []
-    for head in sorted(range(len(found)), key=lambda i: found[i].keys(hw)):
+    for head in sorted(range(len(found)), key=lambda i: keys_of_tile(found[i], hw)):
         for i, (heads, reach) in enumerate(groups):
             joint = reach.union(found[head])
-            least = min(found[head].keys(hw), reach.keys(hw))
-            if joint.keys(hw) <= _ALIKE * least:
+            least = min(keys_of_tile(found[head], hw), keys_of_tile(reach, hw))
+            if keys_of_tile(joint, hw) <= _ALIKE * least:
                 groups[i] = ([*heads, head], joint)
                 break
         else:
@@ -98,16 +100,36 @@ def group_heads(found: list[Reach], hw: tuple[int, int]) -> list[tuple[list, Rea
     return [(sorted(heads), reach) for heads, reach in groups]
 
 
-def kept_share(keep: Tensor, hw: tuple[int, int]) -> float:
+def tile_share(found: list[Reach], hw: tuple[int, int]) -> float:
     """What part of all pairs the tiles compute, the mean over the heads.
+
+    Args:
+        found (list[Reach]): One for each head.
+        hw (tuple[int, int]): Grid.
+    """
+    keys = sum(
+        len(heads) * keys_of_tile(reach, hw) for heads, reach in group_heads(found, hw)
+    )
+    return keys / (len(found) * hw[0] * hw[1])
+
+
+def in_bands(found: list[Reach], hw: tuple[int, int], extra: int) -> bool:
+    """Whether bands cost less than tiles; they take no extra tokens."""
+    return not extra and band_share(found, hw) <= _TILE_PAIR * tile_share(found, hw)
+
+
+def local_cost(keep: Tensor, hw: tuple[int, int], num_extra_tokens: int) -> float:
+    """What :func:`local_attention` costs, as a part of all pairs in blocks.
 
     Args:
         keep (Tensor): ``(heads, 2H-1, 2W-1)``, bool.
         hw (tuple[int, int]): Grid.
+        num_extra_tokens (int): Tokens in front of the grid's.
     """
-    groups = group_heads(reaches(keep, hw), hw)
-    keys = sum(len(heads) * reach.keys(hw) for heads, reach in groups)
-    return keys / (keep.shape[0] * hw[0] * hw[1])
+    found = reaches(keep, hw)
+    if in_bands(found, hw, num_extra_tokens):
+        return band_share(found, hw)
+    return _TILE_PAIR * tile_share(found, hw)
 
 
 class _Tile(NamedTuple):
@@ -217,7 +239,7 @@ class _Group:
         self.omega = None
         if prior is not None:
             self.omega = _Block(prior.to(dtype), hw, reach, extra, 1.0)
-        self.keys = extra + reach.keys(hw)
+        self.keys = extra + keys_of_tile(reach, hw)
 
     def _own(self, table):
         if table is None or table.shape[0] > 1:
@@ -344,7 +366,7 @@ def _forward(q, k, v, groups, hw, scale, extra, p, seed, dtype):
                     most = s.amax(-1, keepdim=True)
                     s.sub_(most)
                     step.put(shift, tile, most)
-                row = s.exp_().sum(-1, keepdim=True)
+                row = exp_(s, deep=True).sum(-1, keepdim=True)
                 if shifts is not None:
                     break
                 low, high = torch.aminmax(row)
@@ -383,7 +405,7 @@ def _backward(grad, saved, groups, hw, scale, extra, p, seed, dtype):
             group.logits(s, tile, e)
             if shift is not None:
                 e.sub_(step.rows(shift, tile).view(*step.shape, -1, 1))
-            e.exp_()
+            exp_(e, deep=True)
             _multiply(g_rows, values.transpose(1, 2), d)
             weights = e
             if p:
@@ -417,15 +439,11 @@ def _table_grad(table: Tensor, blocks: list, heads: int) -> Tensor:
 
 class _LocalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, prior, bias, keep, *settings):
+    def forward(ctx, q, k, v, prior, bias, keep, groups, *settings):
         hw, _, extra, *_, dtype = settings
-        heads = q.shape[1]
-        found = reaches(keep, hw)
-        found = found * heads if len(found) == 1 else found
         tables = (prior, bias, keep)
         ctx.groups = [
-            _Group(own, reach, tables, hw, extra, dtype)
-            for own, reach in group_heads(found, hw)
+            _Group(own, reach, tables, hw, extra, dtype) for own, reach in groups
         ]
         ctx.settings = settings
         result = _forward(q, k, v, ctx.groups, *settings)
@@ -449,7 +467,7 @@ class _LocalAttention(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             blocks = [(group.heads, group.beta) for group in ctx.groups]
             of_tables[1] = _table_grad(bias, blocks, heads)
-        return *grads, *of_tables, None, *[None] * len(ctx.settings)
+        return *grads, *of_tables, None, None, *[None] * len(ctx.settings)
 
 
 def local_attention(
@@ -472,10 +490,18 @@ def local_attention(
     :func:`~spvit_mm.ops.spatial_prior_attention`, already checked, and ``keep`` given.
     """
     extra, hw = num_extra_tokens, tuple(hw)
+    found = reaches(keep, hw)
+    found = found * q.shape[1] if len(found) == 1 else found
+    if in_bands(found, hw, extra):
+        bias = mask_bias(bias, keep)
+        return chunked_attention(q, k, v, prior, bias, hw, scale, 0, dropout_p, found)
     seed = int(torch.randint(1 << 62, ()).item()) if dropout_p else None
     dtype = compute_dtype(q.dtype)
     settings = (hw, scale, extra, dropout_p, seed, dtype)
-    out = _LocalAttention.apply(q[:, :, extra:], k, v, prior, bias, keep, *settings)
+    groups = group_heads(found, hw)
+    out = _LocalAttention.apply(
+        q[:, :, extra:], k, v, prior, bias, keep, groups, *settings
+    )
     if not extra:
         return out
     # Extra tokens have no place, so they see all keys.

@@ -995,3 +995,20 @@ def test_flex_says_what_it_lacks():
         q = torch.ones(1, 2, 12, 8).double()
         with pytest.raises(ValueError, match='float64|no FlexAttention'):
             call(attn_impl='flex', q=q, k=q, v=q)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_exp_of_what_is_far_below(dtype):
+    """The same as torch's, but for numbers too small to be ordinary, which are 0."""
+    tiny = torch.finfo(dtype).tiny
+    least = math.log(tiny)
+    x = torch.tensor(
+        [-math.inf, 2 * least, least - 1, least + 2, -3, 0, 5], dtype=dtype
+    )
+    want = torch.where(x.exp() > 2 * tiny, x.exp(), 0.0)
+    assert want.count_nonzero() == 4
+    torch.testing.assert_close(chunked_module.exp_(x.clone(), True), want)
+    nan = torch.tensor([math.nan, math.inf], dtype=dtype)
+    torch.testing.assert_close(
+        chunked_module.exp_(nan.clone(), True), nan, equal_nan=True
+    )

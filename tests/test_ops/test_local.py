@@ -5,9 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spvit_mm.ops import chunked as chunked_module
 from spvit_mm.ops import local as local_module
 from spvit_mm.ops import spatial_prior_attention
-from spvit_mm.ops.local import Reach, group_heads, kept_share, local_attention, reaches
+from spvit_mm.ops.chunked import Reach, band_share, plan_bands
+from spvit_mm.ops.local import (
+    group_heads,
+    local_attention,
+    local_cost,
+    reaches,
+    tile_share,
+)
 
 from .test_attention import (
     KINDS,
@@ -30,33 +38,45 @@ def window(hw, up, down, left, right):
     return ((-up <= dy) & (dy <= down) & (-left <= dx) & (dx <= right))[None]
 
 
+# How a call is cut: what a pair of a tile costs decides. Bands take no extra tokens.
+CUTS = {'tiles': 0.0, 'bands': 1e9}
+EACH_CUT = pytest.mark.parametrize(('cut', 'extra'), [('tiles', 1), ('bands', 0)])
+
+
 @pytest.mark.parametrize('kinds', KEPT)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    case=cases, tile=st.sampled_from([1, 2, 3, 8]), step=st.sampled_from([1, 1 << 20])
+    case=cases,
+    cut=st.sampled_from(sorted(CUTS)),
+    tile=st.sampled_from([1, 2, 3, 8]),
+    queries=st.sampled_from([1, 7, 128]),
+    step=st.sampled_from([1, 1 << 20]),
 )
-def test_it_follows_the_formula(kinds, case, tile, step):
-    before = local_module.TILE, local_module._STEP_BYTES
-    local_module.TILE, local_module._STEP_BYTES = tile, step
-    try:
+def test_it_follows_the_formula(kinds, case, cut, tile, queries, step):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_module, '_TILE_PAIR', CUTS[cut])
+        patch.setattr(local_module, 'TILE', tile)
+        patch.setattr(local_module, '_STEP_BYTES', step)
+        patch.setattr(chunked_module, '_BAND_QUERIES', queries)
         check_against_formula('local', kinds, case)
-    finally:
-        local_module.TILE, local_module._STEP_BYTES = before
 
 
 @pytest.mark.parametrize('kinds', KEPT)
 @pytest.mark.parametrize('hw', [(11, 6), (1, 19)])
-def test_windows_of_several_reaches(kinds, hw, monkeypatch):
-    """Heads of unlike reach, in one call, on a grid of many tiles."""
+@EACH_CUT
+def test_windows_of_several_reaches(kinds, hw, cut, extra, monkeypatch):
+    """Heads of unlike reach, in one call, on a grid of many tiles or bands."""
+    monkeypatch.setattr(local_module, '_TILE_PAIR', CUTS[cut])
     monkeypatch.setattr(local_module, 'TILE', 3)
-    q, k, v, _ = sample(2, 4, hw, 1, 8, 1, torch.float64)
+    monkeypatch.setattr(chunked_module, '_BAND_QUERIES', 12)
+    q, k, v, _ = sample(2, 4, hw, extra, 8, 1, torch.float64)
     tables = sample_tables(kinds, hw, (4, 1, 4), torch.float64)
     sides = [(0, 0, 0, 0), (1, 2, 0, 4), (9, 9, 9, 9), (0, 3, 2, 0)]
     tables['keep'] = torch.cat([window(hw, *side) for side in sides])
     assert len(group_heads(reaches(tables['keep'], hw), hw)) > 1
-    formula = dict(q=q, k=k, v=v, hw=hw, extra=1, scale=8**-0.5, **tables)
+    formula = dict(q=q, k=k, v=v, hw=hw, extra=extra, scale=8**-0.5, **tables)
     out = spatial_prior_attention(
-        q, k, v, hw=hw, **tables, num_extra_tokens=1, attn_impl='local'
+        q, k, v, hw=hw, **tables, num_extra_tokens=extra, attn_impl='local'
     )
     assert_near(out, naive_attention(**formula), 1e-11, 'out')
     leaves = [q, k, v, *(tables[x] for x in ('prior', 'bias') if x in kinds)]
@@ -68,19 +88,22 @@ def test_windows_of_several_reaches(kinds, hw, monkeypatch):
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
-def test_biases_far_outside_the_range_of_exp(dtype, monkeypatch):
+@EACH_CUT
+def test_biases_far_outside_the_range_of_exp(dtype, cut, extra, monkeypatch):
+    monkeypatch.setattr(local_module, '_TILE_PAIR', CUTS[cut])
     monkeypatch.setattr(local_module, 'TILE', 2)
+    monkeypatch.setattr(chunked_module, '_BAND_QUERIES', 8)
     hw, kinds = (5, 4), ('prior', 'bias', 'keep')
-    q, k, v, _ = sample(2, 3, hw, 1, 8, 1, dtype)
+    q, k, v, _ = sample(2, 3, hw, extra, 8, 1, dtype)
     tables = sample_tables(kinds, hw, (3, 3, 3), dtype)
     with torch.no_grad():
         tables['bias'].uniform_(-100, 100)
         tables['bias'][1].sub_(120)
         tables['bias'][2].add_(120)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
-    formula = dict(q=q, k=k, v=v, hw=hw, extra=1, scale=8**-0.5, **tables)
+    formula = dict(q=q, k=k, v=v, hw=hw, extra=extra, scale=8**-0.5, **tables)
     out = spatial_prior_attention(
-        q, k, v, hw=hw, **tables, num_extra_tokens=1, attn_impl='local'
+        q, k, v, hw=hw, **tables, num_extra_tokens=extra, attn_impl='local'
     )
     assert_near(out, naive_attention(**formula), tolerance, 'out')
     grad = torch.randn(out.shape, dtype=dtype)
@@ -92,14 +115,17 @@ def test_biases_far_outside_the_range_of_exp(dtype, monkeypatch):
         assert (one.double() - other).abs().max().item() <= 4 * tolerance * size
 
 
-def test_dropout_is_repeated_in_the_backward_pass():
+@EACH_CUT
+def test_dropout_is_repeated_in_the_backward_pass(cut, extra, monkeypatch):
+    monkeypatch.setattr(local_module, '_TILE_PAIR', CUTS[cut])
+    monkeypatch.setattr(chunked_module, '_BAND_QUERIES', 20)
     hw = (9, 10)
-    q, k, v, _ = sample(2, 2, hw, 1, 8, 1, torch.float64)
+    q, k, v, _ = sample(2, 2, hw, extra, 8, 1, torch.float64)
     keep = window(hw, 2, 2, 2, 2)
 
     def run(v):
         torch.manual_seed(0)
-        return local_attention(q, k, v, None, None, keep, hw, 8**-0.5, 1, 0.4)
+        return local_attention(q, k, v, None, None, keep, hw, 8**-0.5, extra, 0.4)
 
     out = run(v)
     # Linear in v with the same weights, so its gradient along v is its value.
@@ -107,8 +133,10 @@ def test_dropout_is_repeated_in_the_backward_pass():
     torch.testing.assert_close((grad * v).sum(), out.sum())
 
 
-def test_no_tensor_of_all_pairs_is_made():
+@pytest.mark.parametrize('cut', CUTS)
+def test_no_tensor_of_all_pairs_is_made(cut, monkeypatch):
     """Neither there nor back: the largest is a few hundred keys for each query."""
+    monkeypatch.setattr(local_module, '_TILE_PAIR', CUTS[cut])
     hw, heads = (48, 48), 2
     tokens = hw[0] * hw[1]
     largest = []
@@ -124,7 +152,7 @@ def test_no_tensor_of_all_pairs_is_made():
     keep = window(hw, 3, 3, 3, 3)
     prior = torch.rand(heads, *keep.shape[1:], requires_grad=True)
     with Watch():
-        out = spatial_prior_attention(q, k, v, prior, hw, keep=keep)
+        out = spatial_prior_attention(q, k, v, prior, hw, keep=keep, attn_impl='local')
         out.sum().backward()
     assert max(largest) < heads * tokens * tokens * 4 / 10
 
@@ -136,9 +164,30 @@ def test_reaches_and_groups():
     near, far = Reach(1, 1, 1, 1), Reach(19, 19, 29, 29)
     groups = group_heads([near, far, Reach(1, 1, 1, 2), far], hw)
     assert sorted(heads for heads, _ in groups) == [[0, 2], [1, 3]]
-    assert kept_share(window(hw, 19, 19, 29, 29), hw) == 1
+    assert tile_share([far], hw) == 1
     # tiles of 8 x 8 queries and what lies 1 around them
-    assert kept_share(window(hw, 1, 1, 1, 1), hw) == 100 / 600
+    assert tile_share([near], hw) == 100 / 600
+
+
+def test_bands():
+    hw = (20, 30)
+    near, far = Reach(1, 1, 1, 1), Reach(19, 19, 29, 29)
+    # 128 queries are 4 rows; the far head has bands of its own
+    bands = plan_bands([near, Reach(1, 2, 0, 0), far, near], hw, 4, 1)
+    assert [(x.heads.start, x.heads.stop) for x in bands] == [(0, 2), (2, 3), (3, 4)]
+    assert [x.keys(hw) for x in bands] == [7, 20, 6]
+    assert band_share([near], hw) == 6 / 20
+    assert band_share([far], hw) == 1
+
+
+def test_the_cheaper_cut_is_taken():
+    """Tiles on large grids and with extra tokens, bands on small ones."""
+    small, large = (24, 24), (64, 64)
+    keep = {hw: window(hw, 7, 7, 7, 7) for hw in (small, large)}
+    bands = {hw: band_share(reaches(keep[hw], hw), hw) for hw in keep}
+    assert local_cost(keep[small], small, 0) == bands[small]
+    assert local_cost(keep[small], small, 1) > bands[small]
+    assert local_cost(keep[large], large, 0) < bands[large]
 
 
 def test_auto_takes_it_where_little_is_kept(monkeypatch):
