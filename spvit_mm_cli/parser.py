@@ -64,7 +64,7 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def launch(parse_args: Callable, main: Callable, prog: str) -> None:
+def start(parse_args: Callable, main: Callable, prog: str) -> None:
     """Run a command line of this process.
 
     Args:

@@ -71,7 +71,8 @@ def parse_train_args(argv: list) -> argparse.Namespace:
         '(default: end with the name of the first)',
     )
     args = parser.parse_args(argv)
-    parser.check_paths([args.config])
+    named = args.resume not in (None, 'auto')
+    parser.check_paths([args.config], [args.resume] if named else [])
     return args
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Test (and evaluate) a checkpoint."""
 
-from spvit_mm_cli import launch, parse_test_args
+from spvit_mm_cli import parse_test_args, start
 
 
 def main(argv: list) -> None:
@@ -19,4 +19,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch(parse_test_args, main, 'test.py')
+    start(parse_test_args, main, 'test.py')

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a model."""
 
-from spvit_mm_cli import launch, parse_train_args
+from spvit_mm_cli import parse_train_args, start
 
 
 def main(argv: list) -> None:
@@ -14,4 +14,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch(parse_train_args, main, 'train.py')
+    start(parse_train_args, main, 'train.py')

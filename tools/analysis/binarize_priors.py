@@ -8,7 +8,7 @@ import csv
 import os.path as osp
 from copy import deepcopy
 
-from spvit_mm_cli import ArgumentParser, launch
+from spvit_mm_cli import ArgumentParser, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -170,4 +170,4 @@ def draw(header, rows, by):
 
 
 if __name__ == '__main__':
-    launch(parse_args, main, 'binarize_priors.py')
+    start(parse_args, main, 'binarize_priors.py')

@@ -7,7 +7,7 @@ count whatever operator computes them.
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, launch
+from spvit_mm_cli import ArgumentParser, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -50,4 +50,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch(parse_args, main, 'get_flops.py')
+    start(parse_args, main, 'get_flops.py')

@@ -2,7 +2,7 @@
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, launch
+from spvit_mm_cli import ArgumentParser, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -72,4 +72,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch(parse_args, main, 'generate_token_labels.py')
+    start(parse_args, main, 'generate_token_labels.py')

@@ -7,7 +7,7 @@ it gets its name.
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, add_cfg_options, launch
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 TOLERANCE = 1e-4
 
@@ -109,4 +109,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch(parse_args, main, 'export.py')
+    start(parse_args, main, 'export.py')

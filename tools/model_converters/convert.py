@@ -4,7 +4,7 @@ config, or (--to spvit) ours to the names of the released code."""
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, launch
+from spvit_mm_cli import ArgumentParser, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -70,4 +70,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch(parse_args, main, 'convert.py')
+    start(parse_args, main, 'convert.py')

@@ -6,7 +6,7 @@ Gives the same outputs and computes no prior any more.
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, launch
+from spvit_mm_cli import ArgumentParser, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -63,4 +63,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch(parse_args, main, 'reparameterize_model.py')
+    start(parse_args, main, 'reparameterize_model.py')

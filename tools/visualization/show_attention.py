@@ -6,7 +6,7 @@ import argparse
 import os
 import os.path as osp
 
-from spvit_mm_cli import ArgumentParser, launch
+from spvit_mm_cli import ArgumentParser, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -62,4 +62,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch(parse_args, main, 'show_attention.py')
+    start(parse_args, main, 'show_attention.py')

@@ -6,7 +6,7 @@ an animation where --out ends in .gif."""
 import argparse
 import os.path as osp
 
-from spvit_mm_cli import ArgumentParser, launch
+from spvit_mm_cli import ArgumentParser, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -127,4 +127,4 @@ def unique(names, name):
 
 
 if __name__ == '__main__':
-    launch(parse_args, main, 'show_priors.py')
+    start(parse_args, main, 'show_priors.py')

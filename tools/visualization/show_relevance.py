@@ -7,7 +7,7 @@ import csv
 import os.path as osp
 from importlib.util import find_spec
 
-from spvit_mm_cli import ArgumentParser, launch
+from spvit_mm_cli import ArgumentParser, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -181,4 +181,4 @@ def report(rows, path, count):
 
 
 if __name__ == '__main__':
-    launch(parse_args, main, 'show_relevance.py')
+    start(parse_args, main, 'show_relevance.py')

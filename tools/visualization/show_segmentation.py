@@ -3,7 +3,7 @@
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, add_cfg_options, launch
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 
 def colour(mask, palette):
@@ -79,4 +79,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    launch(parse_args, main, 'show_segmentation.py')
+    start(parse_args, main, 'show_segmentation.py')
