@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.spvit_mm-ready
 READY_OPENMMLAB := $(VENV_OPENMMLAB)/.spvit_mm-ready
 
-.PHONY: help install quickstart demo-segmentation demo-tokenlabel bench test test-slow lint smoke-openmmlab
+.PHONY: help install quickstart demo-segmentation demo-tokenlabel bench test test-slow lint docs smoke-openmmlab
 
 help:
 	@echo 'make quickstart       train, evaluate and look inside an SP-ViT on handwritten digits'
@@ -19,6 +19,7 @@ help:
 	@echo 'make test             the test suite (under 10 minutes on 2 cores)'
 	@echo 'make test-slow        the tests that take longer'
 	@echo 'make lint             ruff'
+	@echo 'make docs             these pages and the API as a site: docs/_build/html'
 	@echo 'make smoke-openmmlab  import, build and run under the original OpenMMLab stack'
 
 install: $(READY)
@@ -54,6 +55,10 @@ test-slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/docs.txt
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 $(READY_OPENMMLAB): requirements/openmmlab.txt setup.cfg pyproject.toml
 	test -x $(VENV_OPENMMLAB)/bin/python || $(PYTHON_OPENMMLAB) -m venv $(VENV_OPENMMLAB)

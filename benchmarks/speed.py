@@ -12,7 +12,8 @@ form. ``positions``: every position method in the skeleton of SP-ViT-S beside no
 (the floor), and in that of DeiT-S beside mmpretrain's VisionTransformer (their floor) and
 timm's models of that size. ``sparse``: the skeleton of SP-ViT-S with layers that keep the
 offsets within 7 patches beside the same without any (the floor), and one attention layer
-so masked beside torch's own (its floor).
+so masked beside torch's own (its floor). ``models``: every classifier that we ship, at the
+size of its config, one image and eight at a time, with its deploy form.
 
 Within one case the contestants take turns, so that a busy machine slows all of them;
 medians over the rounds are reported, each taken with torch.utils.benchmark. Peak memory
@@ -27,6 +28,8 @@ and as a picture.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import platform
 import statistics
@@ -106,6 +109,28 @@ SPARSE = {
     'all keys, product': dict(),
 }
 SPARSE_LAYERS = ('layer: all keys', 'layer: near keys', 'layer: near keys, product')
+# The classifiers of configs/classification/metafile.yml, small ones first.
+SHIPPED = (
+    'spvit-mini_1xb64-50e_digits',
+    'spvit-mini_0spsa_1xb64-50e_digits',
+    'sp-deit-tiny_1xb128-200e_cifar10',
+    'sp-deit-tiny_1xb128-200e_cifar100',
+    'sp-deit-tiny_4xb256_in100',
+    'sp-deit-tiny_4xb256_in1k',
+    'sp-deit-small_4xb256_in1k',
+    'sp-deit-small_0spsa_4xb256_in1k',
+    'sp-deit-small-9h_4xb256_in1k',
+    'spvit-small_8xb128-300e_in1k',
+    'spvit-medium_8xb128-300e_in1k',
+    'sp-deit-base_16xb64_in1k',
+    'spvit-large_8xb100-300e_in1k',
+    'spvit-small_8xb32-ft-30e_in1k-384px',
+    'spvit-medium_8xb16-ft-30e_in1k-384px',
+    'spvit-large_8xb4-ft-30e_in1k-384px',
+)
+DEPLOY = ', deploy form'
+# Images of one forward where as many as possible are wanted in a second.
+MANY = 8
 # What a new process does before its first result.
 START = {
     'mmpretrain-vit': dict(type='VisionTransformer'),
@@ -292,18 +317,9 @@ def work(net: torch.nn.Module, case: Case):
     net = net.to(case.device)
     image = case.grid * PATCH
     images = torch.randn(case.batch, 3, image, image, device=case.device)
-    half = case.dtype == 'bf16'
     if case.mode == 'infer':
-        net.eval()
-
-        def infer():
-            with (
-                torch.inference_mode(),
-                torch.autocast(case.device, torch.bfloat16, enabled=half),
-            ):
-                net(images)
-
-        return infer
+        return inference(net.eval(), images, case)
+    half = case.dtype == 'bf16'
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)
 
@@ -316,6 +332,19 @@ def work(net: torch.nn.Module, case: Case):
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def inference(net: Callable, images: torch.Tensor, case: Case):
+    """A network's forward."""
+
+    def infer():
+        with (
+            torch.inference_mode(),
+            torch.autocast(case.device, torch.bfloat16, enabled=case.dtype == 'bf16'),
+        ):
+            net(images)
+
+    return infer
 
 
 # --- starting: run in processes of their own
@@ -431,6 +460,91 @@ def measure(case: Case, args) -> list[dict]:
     return tabulate(case, times, floor_of, memory, args)
 
 
+def build_shipped(name: str, case: Case) -> tuple[Case, int, dict]:
+    """A shipped classifier at work on one image, on many, and in its deploy form.
+
+    Returns:
+        tuple: The case with the model's grid, the side of its images in pixels, and the
+        work by (name, images at a time).
+    """
+    from mmpretrain import get_model
+
+    import spvit_mm  # noqa: F401
+
+    torch.manual_seed(0)
+    model = get_model(name, device=case.device).eval()
+    grid, side = model.backbone.patch_resolution, model.backbone.img_size
+    case = case._replace(grid=grid[0])
+    models = {name: model}
+    if model.backbone.num_spsa_layers:
+        deployed = copy.deepcopy(model)
+        deployed.backbone.switch_to_deploy()
+        models[name + DEPLOY] = deployed
+    runs = {}
+    for key, net in models.items():
+        for batch in (1, MANY) if net is model else (1,):
+            images = torch.randn(batch, 3, *side, device=case.device)
+            logits = functools.partial(net, mode='tensor')
+            runs[key, batch] = inference(logits, images, case)
+    return case, side[0], runs
+
+
+def measure_shipped(case: Case, args) -> list[dict]:
+    """Rows of the shipped classifiers, of which one at a time is in memory."""
+    from torch.utils.benchmark import Timer
+
+    clock = {'timer': time.process_time} if args.cpu_time else {}
+    rows = []
+    print('\n'.join(shipped_table(rows)))
+    for name in contestants(case, args):
+        own, side, runs = build_shipped(name, case)
+        timers = {
+            key: Timer('run()', globals={'run': run}, num_threads=args.threads, **clock)
+            for key, run in runs.items()
+        }
+        times = time_in_turns(timers, args.repeats, LEAST)
+        for (key, batch), values in times.items():
+            rounds = zip(values, times[name, batch], strict=True)
+            nothing = float('nan')
+            rows.append(
+                {
+                    **own._replace(batch=batch)._asdict(),
+                    'tokens': own.tokens,
+                    'px': side,
+                    'name': key,
+                    'ms': 1000 * statistics.median(values),
+                    'ratio': statistics.median(a / b for a, b in rounds),
+                    'peak_mb': nothing,
+                    'peak_ratio': nothing,
+                    'run_mb': nothing,
+                }
+            )
+        print(shipped_table(rows)[-1], flush=True)
+        del runs, timers  # before the next one is built
+    return rows
+
+
+def shipped_table(rows: list[dict]) -> list[str]:
+    """A heading, and one line for each shipped classifier."""
+    ms = {(row['name'], row['batch']): row['ms'] for row in rows}
+    lines = [
+        f'| | pixels | 1 image, ms | in its deploy form, ms | {MANY} at a time, images '
+        'per second |',
+        '| --- ' * 5 + '|',
+    ]
+    for row in rows:
+        name = row['name']
+        if row['batch'] == 1 and not name.endswith(DEPLOY):
+            deployed = ms.get((name + DEPLOY, 1))
+            deployed = '' if deployed is None else f'{deployed:.1f}'
+            rate = 1000 * MANY / ms[name, MANY]
+            rate = f'{rate:.1f}' if rate < 100 else f'{rate:.0f}'
+            lines.append(
+                f'| {name} | {row["px"]} | {row["ms"]:.1f} | {deployed} | {rate} |'
+            )
+    return lines
+
+
 def tabulate(case: Case, times: dict, floor_of, memory: dict, args) -> list[dict]:
     """Medians of one case's times, printed as a table.
 
@@ -462,6 +576,7 @@ def tabulate(case: Case, times: dict, floor_of, memory: dict, args) -> list[dict
         row = {
             **case._asdict(),
             'tokens': case.tokens,
+            'px': case.grid * PATCH,
             'name': name,
             'ms': 1000 * statistics.median(values),
             'ratio': statistics.median(a / b for a, b in rounds),
@@ -488,15 +603,20 @@ def markdown(rows: list[dict], where: str) -> str:
         ('peak_mb', '.0f'),
         ('peak_ratio', '.2f'),
     )
+    shipped = [row for row in rows if row['part'] == 'models']
+    for dtype in dict.fromkeys(row['dtype'] for row in shipped):
+        mine = [row for row in shipped if row['dtype'] == dtype]
+        lines += ['', f'**models, {dtype}**', '', *shipped_table(mine)]
     seen = None
     for row in rows:
+        if row['part'] == 'models':
+            continue
         case = Case(*(row[field] for field in Case._fields))
         if case != seen:
             seen = case
-            side = case.grid * PATCH
             lines += [
                 '',
-                f'**{case.part}, {case.mode}, {case.tokens} tokens ({side} px), batch '
+                f'**{case.part}, {case.mode}, {case.tokens} tokens ({row["px"]} px), batch '
                 f'{case.batch}, {case.dtype}, {case.device}**',
                 '',
                 '| ' + ' | '.join(heads) + ' |',
@@ -521,6 +641,8 @@ def plot(rows: list[dict], path: Path) -> None:
 
     kinds = {}
     for row in rows:
+        if row['part'] == 'models':  # of other sizes, since they are other models
+            continue
         kind = (row['part'], row['mode'], row['dtype'], row['batch'])
         kinds.setdefault(kind, []).append(row)
     kinds = {k: r for k, r in kinds.items() if len({x['tokens'] for x in r}) > 1}
@@ -557,15 +679,15 @@ class Part(NamedTuple):
         floor (str | Callable): The one that the others' ratios are to, or a function
             from a contestant to its own.
         cases (Callable): From the options to its cases, small ones first.
-        build (Callable): From a contestant and a case to a function that does the
-            work once.
+        build (Callable, optional): From a contestant and a case to a function that does
+            the work once, for ``measure``. Defaults to None.
         measure (Callable): From a case and the options to rows of the table.
     """
 
     names: tuple
     floor: str | Callable
     cases: Callable
-    build: Callable
+    build: Callable | None
     measure: Callable = measure
 
 
@@ -605,6 +727,11 @@ def start_cases(args) -> list[Case]:
     return [Case('start', 'infer', 14, 1, 'fp32', 'cpu')]
 
 
+def shipped_cases(args) -> list[Case]:
+    # The grid is each model's own.
+    return [Case('models', 'infer', 0, 1, dtype, args.device) for dtype in args.dtypes]
+
+
 # As mode:side of the grid:batch.
 CASES = {
     'model': ['infer:14:8', 'infer:32:1', 'train:14:4', 'infer:64:1'],
@@ -624,6 +751,7 @@ PARTS = {
     'sparse': Part(
         (*SPARSE, *SPARSE_LAYERS), sparse_floor, cases_of('sparse'), build_sparse
     ),
+    'models': Part(SHIPPED, lambda name: name, shipped_cases, None, measure_shipped),
 }
 
 
@@ -663,8 +791,8 @@ def parse_args(argv=None):
     add('--cases', text, nargs='+', default=[])
     add('--dtypes', nargs='+', choices=list(DTYPES), default=['fp32'])
     text = 'contestants; by default all that serve on the device'
-    # A part without a builder starts all of its contestants.
-    names = [name for part in PARTS.values() if part.build for name in part.names]
+    # The part `start` starts all of its contestants.
+    names = [n for name, part in PARTS.items() if name != 'start' for n in part.names]
     add('--names', text, nargs='+', choices=list(dict.fromkeys(names)))
     add('--device', choices=['cpu', 'cuda'], default='cpu')
     add('--threads', type=int, default=torch.get_num_threads())

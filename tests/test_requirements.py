@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +34,9 @@ def test_import_without_mmpretrain_ends_in_one_line():
             "Install the maintained forks with `pip install 'spvit-mm[onedl]'`"
         )
     )
+
+
+def test_pre_commit_has_the_ruff_of_the_requirements():
+    root = Path(__file__).parents[1]
+    hook = re.search(r'rev: v(\S+)', (root / '.pre-commit-config.yaml').read_text())
+    assert f'ruff=={hook[1]}\n' in (root / 'requirements/dev.txt').read_text()

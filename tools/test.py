@@ -1,19 +1,15 @@
 #!/usr/bin/env python
 """Test (and evaluate) a checkpoint."""
 
-import mmengine
-from mmengine.dist import is_main_process
-
-from spvit_mm.apis import (
-    build_tester,
-    load_config,
-    merge_test_args,
-    parse_test_args,
-    run_cli,
-)
+from spvit_mm_cli import parse_test_args, start
 
 
 def main(argv: list) -> None:
+    import mmengine
+    from mmengine.dist import is_main_process
+
+    from spvit_mm.apis import build_tester, load_config, merge_test_args
+
     args = parse_test_args(argv)
     cfg = merge_test_args(load_config(args.config, args.cfg_options), args)
     runner = build_tester(cfg, args)
@@ -23,4 +19,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    run_cli(main, 'test.py')
+    start(parse_test_args, main, 'test.py')

@@ -1,16 +1,12 @@
 #!/usr/bin/env python
 """Train a model."""
 
-from spvit_mm.apis import (
-    build_trainer,
-    load_config,
-    merge_train_args,
-    parse_train_args,
-    run_cli,
-)
+from spvit_mm_cli import parse_train_args, start
 
 
 def main(argv: list) -> None:
+    from spvit_mm.apis import build_trainer, load_config, merge_train_args
+
     args = parse_train_args(argv)
     cfg = merge_train_args(load_config(args.config, args.cfg_options), args)
     runner = build_trainer(cfg, args)
@@ -18,4 +14,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    run_cli(main, 'train.py')
+    start(parse_train_args, main, 'train.py')

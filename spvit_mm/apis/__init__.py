@@ -1,6 +1,13 @@
 """What the command lines call: options, configs, training, testing, export."""
 
-from .cli import ArgumentParser, add_cfg_options, building, run_cli
+from spvit_mm_cli import (
+    ArgumentParser,
+    add_cfg_options,
+    parse_test_args,
+    parse_train_args,
+)
+
+from .cli import building, run_cli
 from .complexity import attention_flops, register_flop_counter
 from .configs import (
     build_model,
@@ -12,12 +19,11 @@ from .configs import (
 )
 from .runner import build_runner, distribute_on_cpu
 from .samples import Sample, load_model, load_samples
-from .test import build_tester, merge_test_args, parse_test_args
+from .test import build_tester, merge_test_args
 from .train import (
     build_trainer,
     find_resume_checkpoint,
     merge_train_args,
-    parse_train_args,
 )
 
 __all__ = [

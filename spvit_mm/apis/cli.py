@@ -1,6 +1,5 @@
-"""What every command line shares: its options, and errors told in words."""
+"""What every command line shares: errors told in words."""
 
-import argparse
 import atexit
 import os
 import sys
@@ -10,12 +9,12 @@ from contextlib import contextmanager
 from typing import Optional
 
 import torch.distributed as dist
-from mmengine.config import DictAction
+
+from spvit_mm_cli import TRUST
 
 from ..utils import UserError, describe_error, safe_loader
 
 TRACEBACK = 'SPVIT_MM_TRACEBACK'
-TRUST = '--trust-checkpoint'
 
 
 def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
@@ -73,38 +72,3 @@ def building(what: str):
             f'{what} cannot be built: {type(error).__name__}: {describe_error(error)} '
             f'(set {TRACEBACK}=1 to see where this was raised)'
         ) from error
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser of our commands, all of which may be told to trust a checkpoint.
-
-    Its ``key=value`` options end in a usage error as well.
-    """
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.add_argument(
-            TRUST,
-            action='store_true',
-            help='open checkpoints with full pickle, which runs whatever code a file '
-            'holds: for files whose author you trust (default: refuse such a file)',
-        )
-
-    def parse_args(self, args=None, namespace=None):
-        try:
-            return super().parse_args(args, namespace)
-        except ValueError as error:
-            self.error(f'--cfg-options takes key=value pairs ({error})')
-
-
-def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """Add the option that changes entries of the config."""
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='change entries of the config before all other options act on it: '
-        'model.backbone.depth=12, key="[a,b]", key="[(a,b),(c,d)]" (quoted, without '
-        'spaces)',
-    )

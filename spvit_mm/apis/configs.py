@@ -1,8 +1,5 @@
 """From a config and a checkpoint to a model."""
 
-import os
-import os.path as osp
-from glob import escape, glob
 from typing import Optional
 
 import torch
@@ -10,6 +7,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
+
+from spvit_mm_cli import checkpoint_problem
 
 from ..engine.hooks.load_report import reporting_loads
 from ..utils import UserError, check_checkpoint_file, describe_error
@@ -92,20 +91,11 @@ def check_checkpoint(path: str) -> None:
 
     Addresses (``https://...``) are left to mmengine.
     """
-    if '://' in path:
-        return
-    path = osp.expanduser(path)
-    if osp.isdir(path):
-        inside = sorted(glob(osp.join(escape(path), '*.pth')))
-        raise UserError(
-            f'The checkpoint {path} is a folder. Give a file'
-            + (f': {", ".join(inside[:5])}.' if inside else '; it holds no .pth file.')
-        )
-    if not osp.isfile(path):
-        raise UserError(
-            f'The checkpoint {path} does not exist (seen from {os.getcwd()}).'
-        )
-    check_checkpoint_file(path)
+    problem = checkpoint_problem(path)
+    if problem:
+        raise UserError(problem)
+    if '://' not in path:
+        check_checkpoint_file(path)
 
 
 def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, dict]:

@@ -1,11 +1,5 @@
-"""What training and testing by command line have in common.
+"""What training and testing by command line have in common."""
 
-The options are those of mmpretrain's own ``tools/train.py`` and ``tools/test.py``,
-for classification and segmentation configs alike; which of the two a config is for
-is its ``default_scope``.
-"""
-
-import argparse
 import os
 import os.path as osp
 from typing import Optional
@@ -19,36 +13,8 @@ from mmengine.runner import BaseLoop, Runner
 
 from ..datasets.checks import naming_empty_data
 from ..utils import UserError
-from .cli import add_cfg_options, building
+from .cli import building
 from .configs import scope_of
-
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that training and testing share."""
-    parser.add_argument('config', help='path of the config')
-    parser.add_argument(
-        '--work-dir',
-        help='where logs and checkpoints go (default: work_dir of the config, else '
-        './work_dirs/<name of the config>)',
-    )
-    parser.add_argument(
-        '--amp',
-        action='store_true',
-        help='automatic mixed precision; bfloat16 where there is no accelerator',
-    )
-    add_cfg_options(parser)
-    parser.add_argument(
-        '--no-pin-memory', action='store_true', help='no pinned memory for batches'
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='job launcher of a distributed run',
-    )
-    parser.add_argument(
-        '--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS
-    )
 
 
 def merge_common_args(cfg: Config, args, needed: tuple) -> None:

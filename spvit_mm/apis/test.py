@@ -13,10 +13,8 @@ from mmpretrain.engine import VisualizationHook
 
 from ..engine.hooks import DataCheckHook, LoadReportHook
 from ..utils import UserError
-from .cli import ArgumentParser
 from .configs import check_checkpoint, scope_of
 from .runner import (
-    add_common_arguments,
     add_hook,
     build_loop,
     build_runner,
@@ -25,47 +23,6 @@ from .runner import (
     set_dataloader_defaults,
     show_progress,
 )
-
-
-def parse_test_args(argv: list) -> argparse.Namespace:
-    """Parse the options of testing."""
-    parser = ArgumentParser(
-        prog='test.py', description='Test (and evaluate) a checkpoint.'
-    )
-    add_common_arguments(parser)
-    parser.add_argument('checkpoint', help='path or address of the checkpoint')
-    parser.add_argument(
-        '--out',
-        help='file for the results: .pkl for predictions; .json, .yaml or .pkl for '
-        'metrics. With a segmentation config a folder, for the label maps',
-    )
-    parser.add_argument(
-        '--out-item',
-        choices=['metrics', 'pred'],
-        help='what --out receives (default: pred)',
-    )
-    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
-    parser.add_argument(
-        '--show', action='store_true', help='show the predictions in a window'
-    )
-    parser.add_argument(
-        '--interval', type=int, default=1, help='draw every n-th prediction'
-    )
-    parser.add_argument(
-        '--wait-time', type=float, default=2, help='seconds that a window stays'
-    )
-    parser.add_argument(
-        '--tta',
-        action='store_true',
-        help='test-time augmentation: tta_pipeline and tta_model of the config or, for '
-        'classification, the mean over an image and its mirror image',
-    )
-    parser.add_argument(
-        '--allow-partial',
-        action='store_true',
-        help='test a checkpoint that fits the model only in part',
-    )
-    return parser.parse_args(argv)
 
 
 def merge_test_args(cfg: Config, args: argparse.Namespace) -> Config:

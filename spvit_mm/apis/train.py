@@ -12,10 +12,9 @@ from mmengine.runner import Runner
 
 from ..engine.hooks import DataCheckHook, LoadReportHook
 from ..utils import UserError
-from .cli import ArgumentParser, building
+from .cli import building
 from .configs import check_checkpoint
 from .runner import (
-    add_common_arguments,
     add_hook,
     build_loop,
     build_runner,
@@ -26,41 +25,6 @@ from .runner import (
 
 # Where mmengine's AmpOptimWrapper runs.
 SCALING_DEVICES = ('cuda', 'npu', 'mlu', 'musa')
-
-
-def parse_train_args(argv: list) -> argparse.Namespace:
-    """Parse the options of training."""
-    parser = ArgumentParser(prog='train.py', description='Train a model.')
-    add_common_arguments(parser)
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        metavar='CHECKPOINT',
-        help='resume from this checkpoint or, without a value, from the latest one '
-        'in the work dir',
-    )
-    parser.add_argument(
-        '--no-validate', action='store_true', help='do not evaluate during training'
-    )
-    parser.add_argument(
-        '--auto-scale-lr',
-        action='store_true',
-        help='scale the learning rate by the batch size over auto_scale_lr.'
-        'base_batch_size of the config',
-    )
-    parser.add_argument(
-        '--no-persistent-workers',
-        action='store_true',
-        help='start the data-loading workers again every epoch',
-    )
-    parser.add_argument(
-        '--skip-corrupt-images',
-        action='store_true',
-        help='leave out training images that cannot be read, naming them in the log '
-        '(default: end with the name of the first)',
-    )
-    return parser.parse_args(argv)
 
 
 def merge_train_args(cfg: Config, args: argparse.Namespace) -> Config:

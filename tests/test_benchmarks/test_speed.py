@@ -6,6 +6,7 @@ from pathlib import Path
 import measuring
 import pytest
 import speed
+import yaml
 from torch.utils.benchmark import Timer
 
 
@@ -117,3 +118,56 @@ def test_positions_and_masks_run(name):
     for mode in ('infer', 'train'):
         case = speed.Case(part, mode, 2, 1, 'fp32', 'cpu')
         speed.PARTS[part].build(name, case)()
+
+
+def test_shipped_classifiers(tmp_path, capsys, monkeypatch):
+    """Two of them, one without a prior to deploy, in one table."""
+    path = speed.Path(speed.__file__).parents[1] / 'configs/classification/metafile.yml'
+    listed = yaml.safe_load(path.read_text())['Models']
+    assert {model['Name'] for model in listed} == set(speed.SHIPPED)
+    monkeypatch.setattr(speed, 'LEAST', 0)
+    names = list(speed.SHIPPED[:2])
+    argv = ['--part', 'models', '--repeats', '1', '--names', *names]
+    monkeypatch.setattr(sys, 'argv', ['speed.py', *argv])
+    speed.main([*argv, '--out-dir', str(tmp_path), '--threads', '1'])
+    with open(tmp_path / 'speed.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['name'], row['batch']) for row in rows] == [
+        (names[0], '1'),
+        (names[0], '8'),
+        (f'{names[0]}, deploy form', '1'),
+        (names[1], '1'),
+        (names[1], '8'),
+    ]
+    assert {(row['px'], row['tokens'], row['part']) for row in rows} == {
+        ('24', '36', 'models')
+    }
+    assert all(float(row['ms']) > 0 for row in rows)
+    table = (tmp_path / 'speed.md').read_text()
+    assert '**models, fp32**' in table
+    with_prior, without = table.splitlines()[-2:]
+    ms, many, deployed = (float(row['ms']) for row in rows[:3])
+    rate = 8000 / many
+    rate = f'{rate:.1f}' if rate < 100 else f'{rate:.0f}'
+    assert with_prior == f'| {names[0]} | 24 | {ms:.1f} | {deployed:.1f} | {rate} |'
+    assert without.startswith(f'| {names[1]} | 24 | ')
+    assert '|  |' in without
+    assert not (tmp_path / 'speed.png').exists(), 'nothing to draw against tokens'
+
+
+def test_shipped_classifiers_are_deployed(monkeypatch):
+    case = speed.Case('models', 'infer', 0, 1, 'fp32', 'cpu')
+    monkeypatch.setattr(speed, 'inference', lambda net, images, case: (net, images))
+    own, side, runs = speed.build_shipped(speed.SHIPPED[0], case)
+    assert (own.grid, side) == (6, 24)
+    kinds = {}
+    for (name, batch), (net, images) in runs.items():
+        assert images.shape == (batch, 3, 24, 24)
+        assert net(images).shape == (batch, 10)
+        prior = net.func.backbone.layers[0].attn.prior
+        kinds[name.removeprefix(speed.SHIPPED[0]), batch] = type(prior).__name__
+    assert kinds == {
+        ('', 1): 'MLPSpatialPrior',
+        ('', 8): 'MLPSpatialPrior',
+        (', deploy form', 1): 'ConstantSpatialPrior',
+    }

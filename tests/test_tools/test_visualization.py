@@ -148,8 +148,8 @@ def test_binarized_priors(checkpoint, tmp_path, capsys):
     'tool', ['visualization/show_relevance.py', 'analysis/binarize_priors.py']
 )
 def test_name_of_the_picture_is_checked_first(tool, capsys):
-    # before the checkpoint, which is not there, is looked for
+    # before the checkpoint, which is none, is opened
     with pytest.raises(SystemExit) as error:
-        run(tool, CONFIG, 'nowhere.pth', '--out', 'picture.csv')
+        run(tool, CONFIG, CONFIG, '--out', 'picture.csv')
     assert error.value.code == 2
     assert 'picture.csv must end in .png' in capsys.readouterr().err

@@ -3,23 +3,15 @@
 measure the accuracy against what is kept; with --finetune also after some epochs. Where
 a layer multiplies by one prior and adds another, the one that multiplies ranks."""
 
+import argparse
 import csv
 import os.path as osp
 from copy import deepcopy
 
-import torch
-from mmengine.device import get_device
-from mmengine.logging import MMLogger
-from mmengine.optim import build_optim_wrapper
-from mmengine.runner import Runner, set_random_seed
-
-from spvit_mm.apis import ArgumentParser, building, load_model, run_cli
-from spvit_mm.explain import binarize, offset_mass
-from spvit_mm.explain.binarize import CRITERIA
-from spvit_mm.utils import UserError, new_figure, prepare_picture
+from spvit_mm_cli import ArgumentParser, start
 
 
-def main(argv: list) -> None:
+def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='binarize_priors.py', description=__doc__)
     parser.add_argument('config', help='path of the config of a classifier')
     parser.add_argument('checkpoint', help='path of the checkpoint')
@@ -32,7 +24,7 @@ def main(argv: list) -> None:
     )
     parser.add_argument(
         '--by',
-        choices=CRITERIA,
+        choices=['offsets', 'mass'],
         default='offsets',
         help='share of the offsets, or of the attention mass (default: offsets)',
     )
@@ -64,6 +56,19 @@ def main(argv: list) -> None:
         '--out', help='the PNG (default: binarized.png beside the checkpoint)'
     )
     args = parser.parse_args(argv)
+    parser.check_paths([args.config], [args.checkpoint])
+    return args
+
+
+def main(argv: list) -> None:
+    from mmengine.device import get_device
+    from mmengine.runner import Runner, set_random_seed
+
+    from spvit_mm.apis import building, load_model
+    from spvit_mm.explain import binarize, offset_mass
+    from spvit_mm.utils import UserError, prepare_picture
+
+    args = parse_args(argv)
     if any(not 0 < share <= 1 for share in args.keep):
         raise UserError(f'--keep takes shares in (0, 1], got {args.keep}.')
     if args.finetune < 0 or args.mass_batches < 1 or args.lr_factor <= 0:
@@ -112,20 +117,26 @@ def main(argv: list) -> None:
     print(f'Written: {out} and {table}')
 
 
-@torch.no_grad()
 def accuracy(model, loader):
     """Top-1 accuracy of a classifier, in eval mode."""
+    import torch
+
     model.eval()
-    right = [
-        bool((sample.pred_label == sample.gt_label).all())
-        for batch in loader
-        for sample in model.test_step(batch)
-    ]
+    with torch.no_grad():
+        right = [
+            bool((sample.pred_label == sample.gt_label).all())
+            for batch in loader
+            for sample in model.test_step(batch)
+        ]
     return sum(right) / len(right)
 
 
 def finetune(model, loader, settings, args):
     """Train for a few epochs at a constant, lower learning rate."""
+    from mmengine.logging import MMLogger
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.runner import set_random_seed
+
     settings = deepcopy(settings)
     settings.optimizer.lr *= args.lr_factor
     set_random_seed(0)
@@ -142,6 +153,8 @@ def finetune(model, loader, settings, args):
 
 def draw(header, rows, by):
     """Accuracy against the kept share."""
+    from spvit_mm.utils import new_figure
+
     figure = new_figure(5, 3.6)
     ax = figure.subplots()
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
@@ -157,4 +170,4 @@ def draw(header, rows, by):
 
 
 if __name__ == '__main__':
-    run_cli(main, 'binarize_priors.py')
+    start(parse_args, main, 'binarize_priors.py')

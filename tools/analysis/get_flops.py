@@ -5,18 +5,12 @@ As in mmengine's analysis, one multiply-add is one FLOP. The two products of att
 count whatever operator computes them.
 """
 
-from mmengine.analysis import get_model_complexity_info
+import argparse
 
-from spvit_mm.apis import (
-    ArgumentParser,
-    build_model,
-    image_shape,
-    load_config,
-    run_cli,
-)
+from spvit_mm_cli import ArgumentParser, start
 
 
-def main(argv: list) -> None:
+def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='get_flops.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument(
@@ -31,6 +25,16 @@ def main(argv: list) -> None:
         '--detail', action='store_true', help='print the figures of every module too'
     )
     args = parser.parse_args(argv)
+    parser.check_paths([args.config])
+    return args
+
+
+def main(argv: list) -> None:
+    from mmengine.analysis import get_model_complexity_info
+
+    from spvit_mm.apis import build_model, image_shape, load_config
+
+    args = parse_args(argv)
     cfg = load_config(args.config)
     shape = (3, *image_shape(cfg, args.shape))
     model = build_model(cfg).eval()
@@ -46,4 +50,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    run_cli(main, 'get_flops.py')
+    start(parse_args, main, 'get_flops.py')

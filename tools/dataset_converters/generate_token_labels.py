@@ -1,12 +1,11 @@
 """Make the label maps of token labeling with a teacher of one's choice."""
 
-from mmpretrain import get_model
+import argparse
 
-from spvit_mm.apis import ArgumentParser, building, check_checkpoint, run_cli
-from spvit_mm.datasets.teacher import generate_token_labels
+from spvit_mm_cli import ArgumentParser, start
 
 
-def parse_args(argv):
+def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(
         prog='generate_token_labels.py',
         description='Writes <out>/<class folder>/<image stem>.pt, the label map of '
@@ -37,10 +36,19 @@ def parse_args(argv):
         metavar='N',
         help='draw N images beside their label maps to <out>/preview.png',
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    # A name without .py is one of mmpretrain's.
+    configs = [args.config] if args.config.endswith('.py') else []
+    parser.check_paths(configs, [args.checkpoint])
+    return args
 
 
-def main(argv):
+def main(argv: list) -> None:
+    from mmpretrain import get_model
+
+    from spvit_mm.apis import building, check_checkpoint
+    from spvit_mm.datasets.teacher import generate_token_labels
+
     args = parse_args(argv)
     check_checkpoint(args.checkpoint)
     with building(f'The teacher {args.config}'):
@@ -64,4 +72,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    run_cli(main, 'generate_token_labels.py')
+    start(parse_args, main, 'generate_token_labels.py')

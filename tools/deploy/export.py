@@ -5,23 +5,14 @@ The file takes normalised images and gives logits. It is compared with the model
 it gets its name.
 """
 
-import torch
+import argparse
 
-from spvit_mm.apis import (
-    ArgumentParser,
-    add_cfg_options,
-    export,
-    image_shape,
-    load_config,
-    load_trained_model,
-    run_cli,
-)
-from spvit_mm.utils import UserError, check_new_file, whole_file
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 TOLERANCE = 1e-4
 
 
-def main(argv: list) -> None:
+def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='export.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument(
@@ -45,17 +36,29 @@ def main(argv: list) -> None:
         '--dynamic-batch', action='store_true', help='any number of images'
     )
     parser.add_argument(
-        '--opset', type=int, default=export.OPSET, help='of ONNX (default: %(default)s)'
+        '--opset', type=int, help='of ONNX (default: 18, and 17 for torch < 2.5)'
     )
     parser.add_argument(
         '--force', action='store_true', help='replace the file that is there'
     )
     add_cfg_options(parser)
     args = parser.parse_args(argv)
+    parser.check_paths([args.config], [args.checkpoint])
+    return args
+
+
+def main(argv: list) -> None:
+    import torch
+
+    from spvit_mm.apis import export, image_shape, load_config, load_trained_model
+    from spvit_mm.utils import UserError, check_new_file, whole_file
+
+    args = parse_args(argv)
     out = check_new_file(args.out, ('.onnx', '.pt2'), args.force)
     cfg = load_config(args.config, args.cfg_options)
     shape = image_shape(cfg, args.shape)
-    if args.batch < 1 or args.opset < 17:
+    opset = export.OPSET if args.opset is None else args.opset
+    if args.batch < 1 or opset < 17:
         raise UserError('--batch takes numbers from 1 on, --opset from 17 on.')
     if args.dynamic_batch and args.batch != 1:
         raise UserError('Give --batch or --dynamic-batch, not both.')
@@ -66,7 +69,7 @@ def main(argv: list) -> None:
     images = torch.randn(2 if args.dynamic_batch else args.batch, 3, *shape)
     with whole_file(out) as partial:
         if out.endswith('.onnx'):
-            export.save_onnx(ready, partial, images, args.dynamic_batch, args.opset)
+            export.save_onnx(ready, partial, images, args.dynamic_batch, opset)
         else:
             export.save_program(ready, partial, images, args.dynamic_batch)
         for batch in (1, 3) if args.dynamic_batch else (args.batch,):
@@ -106,4 +109,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    run_cli(main, 'export.py')
+    start(parse_args, main, 'export.py')

@@ -2,28 +2,32 @@
 """Convert a checkpoint of SP-ViT, LV-ViT, DeiT or timm's ViT to ours, with its
 config, or (--to spvit) ours to the names of the released code."""
 
-from spvit_mm.apis import ArgumentParser, run_cli
-from spvit_mm.convert import Options, convert_file
-from spvit_mm.convert.convert import CHOICES, SOURCES, TARGETS
-from spvit_mm.utils import UserError
+import argparse
+
+from spvit_mm_cli import ArgumentParser, start
 
 
-def parse_args(argv: list):
+def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='convert.py', description=__doc__)
     parser.add_argument('src', help='the checkpoint to read')
     parser.add_argument('out', help='the .pth to write; its config is OUT with .py')
-    parser.add_argument('--from', dest='source', default='auto', choices=SOURCES)
-    parser.add_argument('--to', dest='target', default='mm', choices=TARGETS)
+    parser.add_argument(
+        '--from',
+        dest='source',
+        default='auto',
+        choices=['auto', 'spvit', 'lvvit', 'deit', 'timm'],
+    )
+    parser.add_argument('--to', dest='target', default='mm', choices=['mm', 'spvit'])
     parser.add_argument(
         '--weights',
         default='auto',
-        choices=CHOICES['weights'],
+        choices=['auto', 'ema', 'plain'],
         help='auto: EMA if there is one',
     )
     parser.add_argument(
         '--classifier',
         default='auto',
-        choices=CHOICES['classifier'],
+        choices=['auto', 'tokenlabel', 'plain'],
         help='plain leaves out an auxiliary head, auto keeps it',
     )
     parser.add_argument(
@@ -39,16 +43,21 @@ def parse_args(argv: list):
     parser.add_argument('--skip-scale', type=float, help='divisor of the branches')
     parser.add_argument('--norm-eps', type=float, help='eps of the layer norms')
     parser.add_argument('--img-size', type=int, nargs=2, metavar=('H', 'W'))
-    parser.add_argument('--distilled', default='refuse', choices=CHOICES['distilled'])
+    parser.add_argument('--distilled', default='refuse', choices=['refuse', 'drop'])
     parser.add_argument(
-        '--normalization', choices=CHOICES['normalization'][1:], help='of the config'
+        '--normalization', choices=['imagenet', 'half'], help='of the config'
     )
     parser.add_argument('--test-crop', type=float, help='of the config')
     parser.add_argument('--force', action='store_true', help='overwrite OUT')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    parser.check_paths(checkpoints=[args.src])
+    return args
 
 
 def main(argv: list) -> None:
+    from spvit_mm.convert import Options, convert_file
+    from spvit_mm.utils import UserError
+
     args = vars(parse_args(argv))
     files = {
         name: args.pop(name) for name in ('src', 'out', 'source', 'target', 'force')
@@ -61,4 +70,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    run_cli(main, 'convert.py')
+    start(parse_args, main, 'convert.py')

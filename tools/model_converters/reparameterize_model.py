@@ -4,18 +4,12 @@
 Gives the same outputs and computes no prior any more.
 """
 
-import torch
+import argparse
 
-from spvit_mm.apis import (
-    ArgumentParser,
-    load_config,
-    load_trained_model,
-    run_cli,
-)
-from spvit_mm.utils import UserError, check_new_file, whole_file
+from spvit_mm_cli import ArgumentParser, start
 
 
-def main(argv: list) -> None:
+def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='reparameterize_model.py', description=__doc__)
     parser.add_argument('config', help='path of the config of the training')
     parser.add_argument('checkpoint', help='path of the trained checkpoint')
@@ -32,6 +26,17 @@ def main(argv: list) -> None:
         '--force', action='store_true', help='replace the file that is there'
     )
     args = parser.parse_args(argv)
+    parser.check_paths([args.config], [args.checkpoint])
+    return args
+
+
+def main(argv: list) -> None:
+    import torch
+
+    from spvit_mm.apis import load_config, load_trained_model
+    from spvit_mm.utils import UserError, check_new_file, whole_file
+
+    args = parse_args(argv)
     out = check_new_file(args.out, ('.pth',), args.force)
     cfg = load_config(args.config)
     model, checkpoint = load_trained_model(cfg, args.checkpoint)
@@ -58,4 +63,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    run_cli(main, 'reparameterize_model.py')
+    start(parse_args, main, 'reparameterize_model.py')

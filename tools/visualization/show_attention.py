@@ -2,15 +2,14 @@
 """Show where one patch of an image looks: content score, prior, their product or sum,
 and attention of every head, one PNG a layer."""
 
+import argparse
 import os
 import os.path as osp
 
-from spvit_mm.apis import ArgumentParser, load_model, load_samples, run_cli
-from spvit_mm.explain import draw_query_attention, query_attention
-from spvit_mm.utils import UserError
+from spvit_mm_cli import ArgumentParser, start
 
 
-def main(argv: list) -> None:
+def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='show_attention.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument('checkpoint', help='path of the checkpoint')
@@ -33,6 +32,16 @@ def main(argv: list) -> None:
         help='folder for the PNGs (default: attention/ beside the checkpoint)',
     )
     args = parser.parse_args(argv)
+    parser.check_paths([args.config], [args.checkpoint])
+    return args
+
+
+def main(argv: list) -> None:
+    from spvit_mm.apis import load_model, load_samples
+    from spvit_mm.explain import draw_query_attention, query_attention
+    from spvit_mm.utils import UserError
+
+    args = parse_args(argv)
     cfg, model = load_model(args.config, args.checkpoint)
     (sample,) = load_samples(cfg, model, [args.image] if args.image else None, 1)
     layers = query_attention(model, sample.inputs[None], tuple(args.query))
@@ -53,4 +62,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    run_cli(main, 'show_attention.py')
+    start(parse_args, main, 'show_attention.py')

@@ -3,24 +3,13 @@
 numbers what each head looks for. Several checkpoints of one training make a strip, or
 an animation where --out ends in .gif."""
 
+import argparse
 import os.path as osp
 
-from spvit_mm.apis import ArgumentParser, load_model, run_cli
-from spvit_mm.explain import (
-    animate_priors,
-    collect_priors,
-    draw_comparison,
-    draw_priors,
-    draw_strip,
-    format_focus,
-    head_focus,
-    write_focus,
-    write_gif,
-)
-from spvit_mm.utils import UserError, prepare_picture
+from spvit_mm_cli import ArgumentParser, start
 
 
-def main(argv: list) -> None:
+def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='show_priors.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument(
@@ -49,6 +38,28 @@ def main(argv: list) -> None:
         help='rows and columns of patches (default: those of the training)',
     )
     args = parser.parse_args(argv)
+    configs, checkpoints = [args.config], [*args.checkpoint]
+    if args.compare:
+        configs.append(args.compare[0])
+        checkpoints.append(args.compare[1])
+    parser.check_paths(configs, checkpoints)
+    return args
+
+
+def main(argv: list) -> None:
+    from spvit_mm.explain import (
+        animate_priors,
+        draw_comparison,
+        draw_priors,
+        draw_strip,
+        format_focus,
+        head_focus,
+        write_focus,
+        write_gif,
+    )
+    from spvit_mm.utils import UserError, prepare_picture
+
+    args = parse_args(argv)
     if args.grid and min(args.grid) < 1:
         raise UserError(f'--grid takes two positive numbers, got {args.grid}.')
     if args.compare and len(args.checkpoint) > 1:
@@ -103,6 +114,9 @@ def main(argv: list) -> None:
 
 def load_maps(config, checkpoint, grid):
     """The priors of a checkpoint."""
+    from spvit_mm.apis import load_model
+    from spvit_mm.explain import collect_priors
+
     _, model = load_model(config, checkpoint)
     return collect_priors(model, grid)
 
@@ -113,4 +127,4 @@ def unique(names, name):
 
 
 if __name__ == '__main__':
-    run_cli(main, 'show_priors.py')
+    start(parse_args, main, 'show_priors.py')

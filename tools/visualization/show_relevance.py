@@ -2,24 +2,15 @@
 """Overlay what a classification rests on, for one model or two side by side, and
 check it by removing patches."""
 
+import argparse
 import csv
 import os.path as osp
 from importlib.util import find_spec
 
-import torch
-
-from spvit_mm.apis import ArgumentParser, load_model, load_samples, run_cli
-from spvit_mm.explain import (
-    RELEVANCE_METHODS,
-    class_scores,
-    draw_relevance,
-    perturbation_test,
-    relevance_maps,
-)
-from spvit_mm.utils import UserError, prepare_picture
+from spvit_mm_cli import ArgumentParser, start
 
 
-def main(argv: list) -> None:
+def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='show_relevance.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument('checkpoint', help='path of the checkpoint')
@@ -38,7 +29,7 @@ def main(argv: list) -> None:
     parser.add_argument(
         '--methods',
         nargs='+',
-        choices=RELEVANCE_METHODS,
+        choices=['gradient', 'rollout', 'gradcam'],
         default=['gradient', 'rollout'],
         help='gradient: gradient-weighted attention; rollout; gradcam: needs the '
         'grad-cam package (default: gradient rollout)',
@@ -57,6 +48,20 @@ def main(argv: list) -> None:
         '--out', help='the PNG to write (default: relevance.png beside the checkpoint)'
     )
     args = parser.parse_args(argv)
+    configs, checkpoints = [args.config], [args.checkpoint]
+    if args.compare:
+        configs.append(args.compare[0])
+        checkpoints.append(args.compare[1])
+    parser.check_paths(configs, checkpoints)
+    return args
+
+
+def main(argv: list) -> None:
+    from spvit_mm.apis import load_model, load_samples
+    from spvit_mm.explain import draw_relevance
+    from spvit_mm.utils import UserError, prepare_picture
+
+    args = parse_args(argv)
     if args.perturb < 0:
         raise UserError(f'--perturb takes a number of images, got {args.perturb}.')
     if 'gradcam' in args.methods and find_spec('pytorch_grad_cam') is None:
@@ -88,6 +93,8 @@ def main(argv: list) -> None:
 
 def batches(samples, size=32):
     """Batches of images of equal size."""
+    import torch
+
     shapes = {tuple(sample.inputs.shape) for sample in samples}
     if len(shapes) > 1:
         size = 1
@@ -98,6 +105,10 @@ def batches(samples, size=32):
 
 def explain(model, samples, args):
     """Maps and captions of each method."""
+    import torch
+
+    from spvit_mm.explain import class_scores, relevance_maps
+
     found = []
     for method in args.methods:
         maps, words = [], []
@@ -116,6 +127,12 @@ def explain(model, samples, args):
 
 def perturb(cfg, model, name, args):
     """Rows of the perturbation table, the last one for a random order."""
+    import torch
+
+    from spvit_mm.apis import load_samples
+    from spvit_mm.explain import perturbation_test, relevance_maps
+    from spvit_mm.utils import UserError
+
     samples = load_samples(cfg, model, None, args.perturb)
     if any(sample.label is None for sample in samples):
         raise UserError('--perturb needs a test data set with labels.')
@@ -164,4 +181,4 @@ def report(rows, path, count):
 
 
 if __name__ == '__main__':
-    run_cli(main, 'show_relevance.py')
+    start(parse_args, main, 'show_relevance.py')

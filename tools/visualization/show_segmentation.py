@@ -1,33 +1,21 @@
 #!/usr/bin/env python
 """Draw images, ground truth and prediction of a segmentor side by side."""
 
-import mmcv
-import numpy as np
-import torch
-from mmengine.config import DictAction
-from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS
+import argparse
 
-from spvit_mm.apis import (
-    ArgumentParser,
-    building,
-    load_config,
-    load_trained_model,
-    run_cli,
-    scope_of,
-)
-from spvit_mm.datasets import checks
-from spvit_mm.utils import UserError, new_figure, prepare_picture
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 
 def colour(mask, palette):
     """Turn classes (h, w) into colours (h, w, 3); the ignored become grey."""
+    import numpy as np
+
     table = np.full((256, 3), 128, np.uint8)
     table[: len(palette)] = palette
     return table[mask.astype(np.uint8)]
 
 
-def main(argv: list) -> None:
+def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='show_segmentation.py', description=__doc__)
     parser.add_argument('config', help='path of the config')
     parser.add_argument('checkpoint', help='path of the checkpoint')
@@ -35,10 +23,24 @@ def main(argv: list) -> None:
     parser.add_argument(
         '--number', type=int, default=6, help='how many images (default: 6)'
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE'
-    )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
+    parser.check_paths([args.config], [args.checkpoint])
+    return args
+
+
+def main(argv: list) -> None:
+    import mmcv
+    import numpy as np
+    import torch
+    from mmengine.dataset import pseudo_collate
+    from mmengine.registry import DATASETS
+
+    from spvit_mm.apis import building, load_config, load_trained_model, scope_of
+    from spvit_mm.datasets import checks
+    from spvit_mm.utils import UserError, new_figure, prepare_picture
+
+    args = parse_args(argv)
     if args.number < 1:
         raise UserError(f'--number must be at least 1, got {args.number}.')
     out = prepare_picture(args.out)
@@ -77,4 +79,4 @@ def main(argv: list) -> None:
 
 
 if __name__ == '__main__':
-    run_cli(main, 'show_segmentation.py')
+    start(parse_args, main, 'show_segmentation.py')

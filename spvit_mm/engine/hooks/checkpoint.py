@@ -77,7 +77,7 @@ class AtomicCheckpointHook(CheckpointHook):
     checkpoints are written as CheckpointHook writes them.
 
     Args:
-        *args, **kwargs: All arguments of :class:`mmengine.hooks.CheckpointHook`.
+        **kwargs: Arguments of :class:`mmengine.hooks.CheckpointHook`.
     """
 
     def before_train(self, runner) -> None:

@@ -113,7 +113,7 @@ class SpatialPrior(BaseModule):
               stays where it was.
             - ``'clamped'``: r in patches, none further than those of the training
               grid.
-            - ``'log'``: sign(r) log(1 + |r|) for each axis: far offsets of a larger
+            - ``'log'``: ``sign(r) log(1 + |r|)`` for each axis: far offsets of a larger
               grid lie close to those of the training.
             - ``'swinv2'``: the same of r / (training grid - 1) * 8, with log2 and
               divided by log2(8), as Swin Transformer V2 has it

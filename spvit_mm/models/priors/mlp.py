@@ -42,7 +42,7 @@ class MLPSpatialPrior(SpatialPrior):
             - ``'spread'``: weights uniform of the usual fan-in size, the first
               biases uniform over the size of ``grid``: hinges all over it.
             - ``'local'``: each head looks at its own point c_h beside the query,
-              f_h(r) = 1 - locality * |r - c_h|, the norm made of hinges in
+              ``f_h(r) = 1 - locality * |r - c_h|``, the norm made of hinges in
               all directions. Not neutral: for a model trained from scratch, in
               which ``SpatialPriorAttention(init_score=...)`` gives it a score to
               multiply.
