@@ -259,6 +259,11 @@ class SPViT(VisionTransformer):
             self.num_layers,
             'the number of layers',
         )
+        if not self.num_spsa_layers and (coords_rescale or coords_jitter):
+            raise ValueError(
+                '`coords_rescale` and `coords_jitter` change what the attention sees of '
+                'position, but with num_spsa_layers=0 it sees nothing. Leave them out.'
+            )
         self._set_outputs(out_type, out_indices)
         self._init_cls_token(with_cls_token, cls_token_layer)
         self._init_position(pos_embed)

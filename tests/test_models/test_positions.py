@@ -586,12 +586,20 @@ def test_onnx(tmp_path):
 # ----------------------------------------------------------- weight decay, bad input
 
 
+@pytest.mark.parametrize('name', ['coords_rescale', 'coords_jitter'])
+def test_coordinates_that_nothing_sees_are_not_rescaled(name):
+    with pytest.raises(ValueError, match='num_spsa_layers=0 it sees nothing'):
+        MODELS.build({**config('kerple'), 'num_spsa_layers': 0, name: 2.0})
+
+
 @pytest.mark.parametrize(
     'path',
     [
         'classification/spvit-mini_1xb64-50e_digits.py',
         'classification/sp-deit-small_1xb64-ft-50e_custom.py',  # layer-wise
         'token_labeling/spvit-small_8xb128-tokenlabel-300e_in1k.py',
+        'segmentation/spvit-small_upernet_8xb2-160k_ade20k-512x512.py',
+        'segmentation/spvit-mini_upernet_1xb16-700i_digit-scenes-64x96.py',
     ],
 )
 @pytest.mark.parametrize('name', ['kerple', 'rotary-mixed', 'score-no-bias', 'gated'])
@@ -609,6 +617,8 @@ def test_scalars_have_no_weight_decay_in_the_configs(name, path):
         'score-no-bias': ['score', 'prior.b1', 'prior.b2'],
         'gated': ['gate'],
     }
+    if path.startswith('segmentation'):  # LV-ViT's recipe decays biases
+        own['score-no-bias'] = ['score']
     for n in own[name]:
         assert decay[f'layers.0.attn.{n}'] == 0, n
 

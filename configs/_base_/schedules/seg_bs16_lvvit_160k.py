@@ -7,6 +7,11 @@ optim_wrapper = dict(
         custom_keys={
             '.cls_token': dict(decay_mult=0.0),
             '.pos_embed': dict(decay_mult=0.0),
+            # What other methods of position learn: frequencies, scores and distances.
+            '.freqs': dict(decay_mult=0.0),
+            '.score': dict(decay_mult=0.0),
+            '.gate': dict(decay_mult=0.0),
+            '.prior.log_': dict(decay_mult=0.0),
         },
     ),
 )

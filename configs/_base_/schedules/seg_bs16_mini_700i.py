@@ -3,6 +3,15 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
+    paramwise_cfg=dict(
+        custom_keys={
+            # What other methods of position learn: frequencies, scores and distances.
+            '.freqs': dict(decay_mult=0.0),
+            '.score': dict(decay_mult=0.0),
+            '.gate': dict(decay_mult=0.0),
+            '.prior.log_': dict(decay_mult=0.0),
+        }
+    ),
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
