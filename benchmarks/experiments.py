@@ -192,6 +192,12 @@ def is_complete(result: dict | None, run: Run) -> bool:
     return result is not None and set(run.tests) <= set(result['tests'])
 
 
+def all_recorded(runs: list[Run], record: Record | None) -> bool:
+    """Whether a record holds every run and its tests, so that nothing is trained."""
+    known = {} if record is None else {x['key']: x for x in record.read()}
+    return all(is_complete(known.get(run.key), run) for run in runs)
+
+
 def read_curve(folder: Path, metric: str) -> dict[str, float]:
     """A metric by step, from the logs of a training and all its resumptions."""
     curve = {}

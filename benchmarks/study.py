@@ -119,13 +119,42 @@ def build_backbone(cfg: Config):
         return MODELS.build(cfg.model.backbone)
 
 
-def build_dataset(data: dict):
+def build_dataset(data: dict, name: str = 'train_dataloader'):
     """The dataset of a config, without its pipeline."""
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         try:
             return DATASETS.build({**data, 'pipeline': []})
-        except (OSError, ValueError) as error:
-            raise UserError(f'`train_dataloader.dataset`: {error}') from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f'`{name}.dataset`: {error}. docs/studies.md says where the images of '
+                'the studies come from.'
+            ) from error
+
+
+def check_images(cfg: Config) -> None:
+    """Images that are missing are a UserError, which says what is expected.
+
+    The ``indices`` of a dataset say how many there must be.
+    """
+
+    def look(name: str, data: dict) -> None:
+        for i, part in enumerate(data.get('datasets', [])):
+            look(f'{name}.datasets[{i}]', part)
+        if 'datasets' in data or 'data_prefix' not in data:
+            return
+        where = f'{data.get("data_root", "")}/{data["data_prefix"]}'.replace('//', '/')
+        indices = data.get('indices')
+        indices = range(indices) if isinstance(indices, int) else indices
+        found = len(build_dataset({**data, 'indices': None}, name))
+        if indices and max(indices) >= found:
+            raise UserError(
+                f'`{name}.dataset`: {where} must have at least {max(indices) + 1:,} images, '
+                f'in one folder per class, but has {found:,}. docs/studies.md says where '
+                'they come from.'
+            )
+
+    for name in ('train_dataloader', 'val_dataloader'):
+        look(name, cfg[name].dataset.to_dict())
 
 
 def config_under_study(study: dict, cfg: Config, args) -> Config:
@@ -318,6 +347,8 @@ def main(argv: list[str]) -> None:
     record = experiments.open_record(args, cfg, metric=ACCURACY)
     runs = plan(study, cfg, args.seeds)
     check_backbones(runs)
+    if not experiments.all_recorded(runs, record):
+        check_images(cfg)
     results = experiments.run_all(runs, args.work_dir, args.jobs, record)
 
     name = f'{args.study}_{Path(args.config).stem}'

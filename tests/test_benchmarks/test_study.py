@@ -35,6 +35,50 @@ def test_every_setting_makes_a_config(cfg):
         study.check_backbones(runs)
 
 
+def image_folder(root, split, classes=2, count=3):
+    for name in 'abcdefghij'[:classes]:
+        (root / split / name).mkdir(parents=True)
+        for i in range(count):
+            (root / split / name / f'{i}.jpg').write_bytes(b'')
+
+
+@pytest.fixture
+def on_files(tmp_path, cfg):
+    """A config of two data sets of six images each, not made yet."""
+    data = dict(type='CustomDataset', data_root=str(tmp_path), pipeline=[])
+    parts = [dict(data, data_prefix='train', indices=range(i, 6, 2)) for i in (0, 1)]
+    joint = dict(type='ConcatDataset', datasets=parts, _delete_=True)
+    options = {
+        'train_dataloader.dataset': joint,
+        'val_dataloader.dataset': dict(data, data_prefix='test', _delete_=True),
+    }
+    return experiments.changed(cfg, options)
+
+
+def test_missing_images_are_named_before_a_run(tmp_path, on_files):
+    with pytest.raises(experiments.UserError, match=r'train_dataloader.*train'):
+        study.check_images(on_files)
+    image_folder(tmp_path, 'train')
+    with pytest.raises(experiments.UserError, match=r'val_dataloader.*/test'):
+        study.check_images(on_files)
+    image_folder(tmp_path, 'test')
+    study.check_images(on_files)
+    (tmp_path / 'train/b/2.jpg').unlink()
+    match = r'train_dataloader.datasets\[1\].*at least 6 images.* but has 5'
+    with pytest.raises(experiments.UserError, match=match):
+        study.check_images(on_files)
+
+
+def test_a_whole_record_needs_no_images(tmp_path, on_files):
+    runs = plan('prior', on_files, seeds=1)
+    record = experiments.Record(tmp_path / 'record.jsonl', on_files)
+    assert not experiments.all_recorded(runs, None)
+    for run in runs:
+        assert not experiments.all_recorded(runs, record)
+        record.add(run, {'curve': {'1': 50.0}, 'tests': {}})
+    assert experiments.all_recorded(runs, record)
+
+
 def test_studies_take_a_deeper_model():
     path = (
         experiments.ROOT / 'configs/classification/sp-deit-tiny_1xb128-200e_cifar10.py'
