@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.spvit_mm-ready
 READY_OPENMMLAB := $(VENV_OPENMMLAB)/.spvit_mm-ready
 
-.PHONY: help install quickstart demo-segmentation demo-tokenlabel bench test test-slow lint docs smoke-openmmlab
+.PHONY: help install quickstart demo-segmentation demo-tokenlabel bench test test-slow lint docs test-openmmlab smoke-openmmlab
 
 help:
 	@echo 'make quickstart       train, evaluate and look inside an SP-ViT on handwritten digits'
@@ -20,6 +20,7 @@ help:
 	@echo 'make test-slow        the tests that take longer'
 	@echo 'make lint             ruff'
 	@echo 'make docs             these pages and the API as a site: docs/_build/html'
+	@echo 'make test-openmmlab   the test suite under the original OpenMMLab stack'
 	@echo 'make smoke-openmmlab  import, build and run under the original OpenMMLab stack'
 
 install: $(READY)
@@ -34,10 +35,10 @@ $(READY): requirements/readme.txt requirements/dev.txt requirements/deploy.txt s
 	@touch $@
 
 quickstart: $(READY)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/quickstart.sh
+	@PATH="$(abspath $(BIN)):$$PATH" bash tools/quickstart.sh
 
 demo-segmentation: $(READY)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo_segmentation.sh
+	@PATH="$(abspath $(BIN)):$$PATH" bash tools/demo_segmentation.sh
 
 demo-tokenlabel: $(READY)
 	$(BIN)/python benchmarks/digits_token_labeling.py
@@ -65,6 +66,9 @@ $(READY_OPENMMLAB): requirements/openmmlab.txt setup.cfg pyproject.toml
 	$(VENV_OPENMMLAB)/bin/python -m pip install -q --disable-pip-version-check -r requirements/openmmlab.txt
 	$(VENV_OPENMMLAB)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+test-openmmlab: $(READY_OPENMMLAB)
+	$(VENV_OPENMMLAB)/bin/python -m pytest -q -n 2 -m 'not slow'
 
 smoke-openmmlab: $(READY_OPENMMLAB)
 	$(VENV_OPENMMLAB)/bin/python tests/smoke_openmmlab.py

@@ -4,8 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from spvit_mm.utils.requirements import check_requirements
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_missing_is_named():
@@ -37,6 +40,21 @@ def test_import_without_mmpretrain_ends_in_one_line():
 
 
 def test_pre_commit_has_the_ruff_of_the_requirements():
-    root = Path(__file__).parents[1]
-    hook = re.search(r'rev: v(\S+)', (root / '.pre-commit-config.yaml').read_text())
-    assert f'ruff=={hook[1]}\n' in (root / 'requirements/dev.txt').read_text()
+    hook = re.search(r'rev: v(\S+)', (ROOT / '.pre-commit-config.yaml').read_text())
+    assert f'ruff=={hook[1]}\n' in (ROOT / 'requirements/dev.txt').read_text()
+
+
+@pytest.mark.parametrize('version', ['3.10', '3.11', '3.12', '3.13'])
+def test_each_python_has_one_pin_of_each_package(version):
+    """A package that a marker leaves out is missing without a word from pip."""
+    lines = [
+        line
+        for name in ('readme', 'dev', 'deploy')
+        for line in (ROOT / f'requirements/{name}.txt').read_text().splitlines()
+        if line and not line.startswith(('#', '-r'))
+    ]
+    every = [Requirement(line) for line in lines]
+    environment = dict(python_version=version)
+    here = [r for r in every if not r.marker or r.marker.evaluate(environment)]
+    assert sorted(r.name for r in here) == sorted({r.name for r in every})
+    assert all([s.operator for s in r.specifier] == ['=='] for r in here)

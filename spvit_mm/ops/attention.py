@@ -213,10 +213,12 @@ def spatial_prior_attention(
         _check(q, k, v, tables, hw, num_extra_tokens, dropout_p, attn_impl)
     if scale is None:
         scale = head_dim**-0.5
-    if not tables:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     autocast = None if q.dtype == torch.float64 else _autocast_dtype(q.device.type)
     dtype = autocast or q.dtype
+    if not tables:
+        if autocast is not None:  # on the CPU, that of torch 2.1 leaves it alone
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, prior, bias)
     )

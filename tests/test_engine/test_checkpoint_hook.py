@@ -2,13 +2,18 @@
 
 import os
 import os.path as osp
+from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner
 
 import spvit_mm  # noqa: F401
+from spvit_mm.utils import read_checkpoint
 from tests.test_engine.tiny import make_data, write_config
 
 
@@ -144,9 +149,59 @@ def test_a_copied_folder_leaves_the_first_alone(data, tmp_path):
     assert sorted(p.name for p in work_dir.glob('*.pth')) == before
 
 
-from mmengine.hooks import Hook  # noqa: E402
-
-
 class _NextIsBetter(Hook):
     def after_val_epoch(self, runner, metrics=None):
-        metrics['accuracy/top1'] = 1e6
+        metrics['accuracy/top1'] = np.float64(1e6)  # mmseg's metrics are numpy's
+
+
+class _Watch(Hook):
+    def before_save_checkpoint(self, runner, checkpoint):
+        hub, schedulers = checkpoint['message_hub'], checkpoint.get('param_schedulers')
+        runner.saved = hub, schedulers
+
+    def before_train(self, runner):
+        (scheduler,) = runner.param_schedulers
+        runner.restored = runner.message_hub.state_dict(), scheduler.state_dict()
+
+
+def types_in(value) -> set:
+    items = []
+    if isinstance(value, dict):
+        items = [*value, *value.values()]
+    elif isinstance(value, (list, tuple, set)):
+        items = list(value)
+    return {type(value)}.union(*map(types_in, items))
+
+
+def test_resumed_from_plain_types(data, tmp_path):
+    """What mmengine stores as objects is written plainly, and comes back the same."""
+    work_dir = tmp_path / 'work'
+    work_dir.mkdir()
+    milestones = 'param_scheduler = dict(type="MultiStepLR", milestones=[1, 2])'
+    config = write_config(tmp_path / 'c.py', data, length=2, more=milestones)
+    runner = make_runner(config, work_dir, save_best='auto')
+    runner.register_hook(_NextIsBetter(), priority='HIGHEST')
+    runner.register_hook(_Watch())
+    runner.train()
+    want, schedulers = runner.saved
+    assert type(want['runtime_info']['best_score']) is np.float64
+    for path in work_dir.glob('*.pth'):
+        content = read_checkpoint(path, plain=True)  # before PyTorch 2.4, too
+        plain = {dict, OrderedDict, list, tuple, torch.Tensor}
+        assert types_in(content) <= plain | {str, int, float, bool, type(None)}
+
+    write_config(config, data, length=3, more=milestones)
+    again = make_runner(config, work_dir)
+    again._resume, again._load_from = True, str(work_dir / 'epoch_2.pth')
+    again.register_hook(_Watch())
+    again.train()
+    got, scheduler = again.restored
+    assert 'train/loss' in want['log_scalars']
+    assert list(got['log_scalars']) == list(want['log_scalars'])
+    for key, history in want['log_scalars'].items():
+        assert type(got['log_scalars'][key]) is HistoryBuffer
+        assert got['log_scalars'][key].max_length == history.max_length
+        for a, b in zip(got['log_scalars'][key].data, history.data, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+    assert [scheduler] == schedulers

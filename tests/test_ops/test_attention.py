@@ -1,6 +1,7 @@
 """Every kernel against the formula, written out pair by pair in float64."""
 
 import importlib
+import inspect
 import io
 import math
 import warnings
@@ -21,6 +22,7 @@ from spvit_mm.ops.flex import (
     flex_attention_uncompiled,
     make_block_mask,
 )
+from tests.test_models import AUTOCAST_DTYPES
 
 # The package's attribute of that name is not the module.
 attention_module = importlib.import_module('spvit_mm.ops.attention')
@@ -477,7 +479,7 @@ def test_chunked_dropout_reuses_its_masks_backward(far, small_blocks):
 # --- autocast, inference mode, tracing, compiling, exporting
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', AUTOCAST_DTYPES)
 @pytest.mark.parametrize('kinds', KINDS)
 @pytest.mark.parametrize('impl', ['auto', 'eager', 'chunked', 'sdpa'])
 def test_autocast_gives_what_attention_gives(impl, kinds, dtype):
@@ -584,6 +586,9 @@ def test_compiles_as_one_graph_and_once_per_shape(impl, kinds):
     torch._dynamo.reset()
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.export, 'Dim'), reason='torch < 2.2 has no torch.export.Dim'
+)
 @pytest.mark.parametrize('kinds', KINDS)
 def test_exports_with_a_free_batch(kinds):
     layer, q = _Layer('auto', kinds).eval(), torch.randn(2, 2, 13, 16)
@@ -598,6 +603,8 @@ def test_exports_with_a_free_batch(kinds):
 def test_onnx_gives_the_same(kinds):
     layer, q = _Layer('auto', kinds).eval(), torch.randn(2, 2, 13, 16)
     file = io.BytesIO()
+    # Before torch 2.5 there is no other exporter.
+    has_two = 'dynamo' in inspect.signature(torch.onnx.export).parameters
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the exporter, and of what it folds
         torch.onnx.export(
@@ -607,7 +614,7 @@ def test_onnx_gives_the_same(kinds):
             input_names=['q'],
             dynamic_axes={'q': {0: 'batch'}},
             opset_version=17,
-            dynamo=False,
+            **(dict(dynamo=False) if has_two else {}),
         )
     session = onnxruntime.InferenceSession(file.getvalue())
     wider = torch.cat([q, q, q])

@@ -7,10 +7,12 @@ from glob import escape, glob
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from mmengine.dist import is_main_process, master_only
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, Runner
 from mmpretrain.registry import HOOKS
 
@@ -18,6 +20,25 @@ from ...utils import whole_file
 
 # How whole_file names what it writes.
 PARTIAL = '.*.partial.*'
+
+
+def _plain(value):
+    """Tensors and plain containers in the place of mmengine's and numpy's objects."""
+    if isinstance(value, HistoryBuffer):
+        log, count = (torch.from_numpy(array) for array in value.data)
+        return dict(log_history=log, count_history=count, max_length=value.max_length)
+    if isinstance(value, np.generic):  # a best score, for one
+        return value.item()
+    if isinstance(value, dict):  # the milestones of MultiStepLR are a Counter
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _history(saved: dict) -> HistoryBuffer:
+    log, count = (saved[key].cpu().numpy() for key in ('log_history', 'count_history'))
+    return HistoryBuffer(log, count, saved['max_length'])
 
 
 class _DelayedRemoval:
@@ -71,6 +92,10 @@ class AtomicCheckpointHook(CheckpointHook):
       after the new one is there.
     - A published file carries the first 8 digits of its own SHA-256, the form that
       ``torch.hub`` checks.
+    - Checkpoints hold tensors and plain containers alone, where mmengine stores objects
+      of its own, too: every torch opens them with ``weights_only=True``. Resuming
+      restores the same as from mmengine's; without this hook it leaves out the
+      history of the log.
 
     On storage other than the local file system (``s3://`` and the like, where a file
     appears when it is complete) and with runners of other kinds (DeepSpeed's folders),
@@ -89,6 +114,19 @@ class AtomicCheckpointHook(CheckpointHook):
                     runner.logger.info(
                         f'Removed {path}, left by a run that was killed.'
                     )
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        for key in ('message_hub', 'param_schedulers'):
+            if key in checkpoint:
+                checkpoint[key] = _plain(checkpoint[key])
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        hub = checkpoint.get('message_hub')
+        if isinstance(hub, dict):  # a foreign file's may be anything
+            scalars = hub.get('log_scalars', {})
+            for key, saved in scalars.items():
+                if isinstance(saved, dict):
+                    scalars[key] = _history(saved)
 
     def _is_local(self, runner) -> bool:
         return isinstance(self.file_backend, LocalBackend) and isinstance(
