@@ -264,7 +264,8 @@ def near_offsets(hw: tuple[int, int]) -> torch.Tensor:
 
 def build_growth(name: str, case: Case):
     """One attention layer over near keys, on the grid that its name says."""
-    return build_sparse('layer: near keys', case._replace(grid=GROWTH[name]))
+    # 'auto' would take another kernel on the smallest grid.
+    return build_sparse('layer: near keys', case._replace(grid=GROWTH[name]), 'local')
 
 
 def build_segment(name: str, case: Case):
@@ -300,8 +301,8 @@ def build_segment(name: str, case: Case):
     return run
 
 
-def build_sparse(name: str, case: Case):
-    """SP-ViT-S, or one attention layer, with what it keeps."""
+def build_sparse(name: str, case: Case, attn_impl: str = 'auto'):
+    """SP-ViT-S, or one attention layer, with what it keeps; the layer's kernel."""
     if name in SPARSE:
         from spvit_mm.models import SPViT
 
@@ -324,7 +325,9 @@ def build_sparse(name: str, case: Case):
 
     def run():
         with torch.set_grad_enabled(train):
-            out = spatial_prior_attention(q, k, v, hw=hw, **tables[name])
+            out = spatial_prior_attention(
+                q, k, v, hw=hw, attn_impl=attn_impl, **tables[name]
+            )
             if train:
                 torch.autograd.grad(out, [qkv], torch.ones_like(out), retain_graph=True)
 
