@@ -139,7 +139,7 @@ def test_sparse_segmentor(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'Grid of 4 x 4 patches' in printed
     assert 'mIoU: ' in printed
-    assert 'after 1 epochs of fine-tuning' in printed
+    assert 'after fine-tuning, epochs: 1' in printed
     command('test.py', tmp_path / 'sparse.py', out, '--work-dir', tmp_path / 'w')
     _, sparse = load_model(str(tmp_path / 'sparse.py'), str(out))
     kept = sparse.backbone.layers[0].attn.kept

@@ -126,7 +126,7 @@ def test_fine_tuned_with_masks(trained, tmp_path, capsys):
     options += ('--work-dir', work_dir)
     command(TOOL, CONFIG, trained, out, *options, *LITTLE)
     printed = capsys.readouterr().out
-    assert 'after 2 epochs of fine-tuning' in printed
+    assert 'after fine-tuning, epochs: 2' in printed
     assert 'keeps the smallest rectangle of offsets' in printed
     assert not list(work_dir.glob('epoch_*.pth'))
     start = torch.load(work_dir / 'start.pth')['state_dict']

@@ -192,7 +192,7 @@ def main(argv: list) -> None:
         )
         if test:
             _, after = api.evaluate(masked, *test)
-            print(f'{name}: {after:.2f} after {args.finetune} epochs of fine-tuning')
+            print(f'{name}: {after:.2f} after fine-tuning, epochs: {args.finetune}')
     if args.deploy:
         try:
             masked.backbone.switch_to_deploy(grid)
