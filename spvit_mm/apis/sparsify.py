@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from glob import escape, glob
+from itertools import islice
 from typing import Optional
 
 import torch
@@ -62,7 +63,7 @@ def training_images(cfg: Config, model: nn.Module, number: int) -> Iterator[Tens
     training = scope_of(cfg) == 'mmseg'
     return (
         model.data_preprocessor(batch, training)['inputs']
-        for batch, _ in zip(loader, range(number), strict=False)
+        for batch in islice(loader, number)
     )
 
 
@@ -95,7 +96,7 @@ def picture_images(cfg: Config, model: nn.Module, paths: list) -> Iterator[Tenso
     return (sample.inputs[None] for sample in load_samples(cfg, model, files))
 
 
-def test_data(cfg: Config) -> Optional[tuple[DataLoader, dict]]:
+def evaluation_data(cfg: Config) -> Optional[tuple[DataLoader, dict]]:
     """The test data of a config and what evaluates it; None if it has none."""
     evaluator = cfg.get('test_evaluator')
     if not cfg.get('test_dataloader') or not evaluator:

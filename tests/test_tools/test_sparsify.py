@@ -21,6 +21,7 @@ LITTLE = (
     'train_dataloader.dataset.indices=60', 'test_dataloader.dataset.indices=60',
     'train_dataloader.batch_size=30',
 )  # fmt: skip
+WIDE_CROP = 'train_dataloader.dataset.pipeline.1.crop_size=32'
 
 
 def logits(model, images):
@@ -88,6 +89,16 @@ def test_every_command_takes_it(trained, tmp_path, capsys):
     exported = tmp_path / 'sparse.onnx'
     command('deploy/export.py', config, out, exported)
     assert 'top-1 the same' in capsys.readouterr().out
+
+    # A deploy form is measured on its own grid, and refuses another.
+    again = (TOOL, config, out, tmp_path / 'again.pth', '--keep-mass', 0.5, '--no-test')
+    wrong = 'train_dataloader.dataset.pipeline.0.scale=32'
+    line = fails(capsys, *again, *LITTLE, wrong, WIDE_CROP)
+    assert 'grid of 8 x 8 patches, but this model was deployed for 6 x 6' in line
+    command(*again, *LITTLE)
+    _, smaller = load_model(str(tmp_path / 'again.py'), str(tmp_path / 'again.pth'))
+    kept, before = (m.backbone.layers[0].attn.kept for m in (smaller, sparse))
+    assert kept.sum() < before.sum()
 
     # Priors and masks, folded later and for another grid, and sparser yet.
     out2, config2 = tmp_path / 'live.pth', tmp_path / 'live.py'

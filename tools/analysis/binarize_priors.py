@@ -99,7 +99,7 @@ def main(argv: list) -> None:
             raise UserError(f'The config {args.config} has no {name}.')
     model.to(get_device())
     cfg.test_evaluator = cfg.get('test_evaluator') or dict(type='Accuracy', topk=(1,))
-    test = api.test_data(cfg)
+    test = api.evaluation_data(cfg)
     with building(f'The training data of {args.config}'):
         train = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
     images = list(api.training_images(cfg, model, args.mass_batches))

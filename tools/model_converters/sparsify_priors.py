@@ -165,7 +165,7 @@ def main(argv: list) -> None:
     model.to(get_device())
     masked_cfg = api.masked_config(cfg)
     masked = api.build_masked(masked_cfg, model)
-    test = None if args.no_test else api.test_data(cfg)
+    test = None if args.no_test else api.evaluation_data(cfg)
     if args.data:
         images = api.picture_images(cfg, model, args.data)
     else:
@@ -177,7 +177,10 @@ def main(argv: list) -> None:
             shapes.append(batch.shape)
             yield batch
 
-    masses, grid = offset_mass(masked, seen(images))
+    try:
+        masses, grid = offset_mass(masked, seen(images))
+    except ValueError as error:  # images of another grid than that of a deploy form
+        raise UserError(f'{args.checkpoint} cannot be measured: {error}') from error
     kept = sparsify(masked, masses, grid, args.keep_mass, args.by)
     print_kept(kept, grid, args)
 
@@ -194,10 +197,7 @@ def main(argv: list) -> None:
             _, after = api.evaluate(masked, *test)
             print(f'{name}: {after:.2f} after fine-tuning, epochs: {args.finetune}')
     if args.deploy:
-        try:
-            masked.backbone.switch_to_deploy(grid)
-        except ValueError as error:  # deployed before, for another grid
-            raise UserError(f'{args.checkpoint}: {error}') from error
+        masked.backbone.switch_to_deploy(grid)
         masked_cfg.model.backbone.deploy = True
     _, *shape = shapes[0]
     example = torch.randn(1, *shape, device=next(model.parameters()).device)
