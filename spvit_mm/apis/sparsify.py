@@ -234,7 +234,8 @@ def finetune(
         work_dir (str): For the log, and the weights that it started from.
 
     Returns:
-        nn.Module: The trained model, in evaluation mode.
+        nn.Module: The trained model, in evaluation mode. It has the weights of the last
+        step, also where the config averages them: a few epochs hardly move an average.
 
     Raises:
         UserError: For a config that cannot train.
