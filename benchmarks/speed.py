@@ -12,8 +12,11 @@ form. ``positions``: every position method in the skeleton of SP-ViT-S beside no
 (the floor), and in that of DeiT-S beside mmpretrain's VisionTransformer (their floor) and
 timm's models of that size. ``sparse``: the skeleton of SP-ViT-S with layers that keep the
 offsets within 7 patches beside the same without any (the floor), and one attention layer
-so masked beside torch's own (its floor). ``models``: every classifier that we ship, at the
-size of its config, one image and eight at a time, with its deploy form.
+so masked beside torch's own (its floor). ``growth``, which comes with it: that layer on
+larger and larger grids, in time for 1,024 tokens. ``segment``: the segmentation of a picture
+of 1024 x 2048 pixels by SP-ViT-S with UPerNet, before and after its layers are so masked.
+``models``: every classifier that we ship, at the size of its config, one image and eight at a
+time, with its deploy form.
 
 Within one case the contestants take turns, so that a busy machine slows all of them;
 medians over the rounds are reported, each taken with torch.utils.benchmark. Peak memory
@@ -108,6 +111,11 @@ SPARSE = {
     ),
     'all keys, product': dict(),
 }
+NEAR = 7  # patches
+# Sides of the grid.
+GROWTH = {f'layer: near keys, {side**2} tokens': side for side in (32, 48, 64, 96, 128)}
+SEGMENT = ('picture: all keys', 'picture: near keys')
+SEGMENT_CONFIG = 'segmentation/spvit-small_upernet_4xb2-80k_cityscapes-512x1024.py'
 SPARSE_LAYERS = ('layer: all keys', 'layer: near keys', 'layer: near keys, product')
 # The classifiers of configs/classification/metafile.yml, small ones first.
 SHIPPED = (
@@ -150,8 +158,14 @@ class Case(NamedTuple):
     device: str
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of the grid; pictures to segment are twice as wide."""
+        return self.grid, self.grid * (2 if self.part == 'segment' else 1)
+
+    @property
     def tokens(self) -> int:
-        return self.grid**2
+        rows, cols = self.sides
+        return rows * cols
 
 
 # --- contestants: each builder returns a function that does the work once
@@ -268,8 +282,53 @@ def build_positions(name: str, case: Case) -> torch.nn.Module:
     return SPViT(img_size=image, **{**arch, **POSITIONS[method]})
 
 
-def build_sparse(name: str, case: Case):
-    """SP-ViT-S, or one attention layer, with what it keeps."""
+def near_offsets(hw: tuple[int, int]) -> torch.Tensor:
+    """Which offsets lie within ``NEAR`` patches, (2H-1, 2W-1)."""
+    rows, cols = (torch.arange(1 - side, side).abs() <= NEAR for side in hw)
+    return rows[:, None] & cols
+
+
+def build_growth(name: str, case: Case):
+    """One attention layer over near keys, on the grid that its name says."""
+    # 'auto' would take another kernel on the smallest grid.
+    return build_sparse('layer: near keys', case._replace(grid=GROWTH[name]), 'local')
+
+
+def build_segment(name: str, case: Case):
+    """SP-ViT-S with UPerNet, its priors as they are or masked."""
+    import mmseg.models  # noqa: F401
+    from mmengine.config import Config
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import MODELS as REGISTRY
+    from mmengine.registry import DefaultScope
+
+    import spvit_mm  # noqa: F401
+
+    torch.manual_seed(0)
+    configs = Path(__file__).parents[1] / 'configs'
+    cfg = Config.fromfile(str(configs / SEGMENT_CONFIG)).model
+    masked = name == 'picture: near keys'
+    cfg.backbone.update(
+        img_size=[side * PATCH for side in case.sides], attn_cfg=dict(masked=masked)
+    )
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        net = revert_sync_batchnorm(REGISTRY.build(cfg)).to(case.device).eval()
+    if masked:
+        for layer in net.backbone.layers[: net.backbone.num_spsa_layers]:
+            near = near_offsets(case.sides).expand(layer.attn.num_heads, -1, -1)
+            layer.attn.set_kept(near)
+    size = [side * PATCH for side in case.sides]
+    images = torch.randn(case.batch, 3, *size, device=case.device)
+
+    def run():
+        with torch.inference_mode():
+            net(images, mode='tensor')
+
+    return run
+
+
+def build_sparse(name: str, case: Case, attn_impl: str = 'auto'):
+    """SP-ViT-S, or one attention layer, with what it keeps; the layer's kernel."""
     if name in SPARSE:
         from spvit_mm.models import SPViT
 
@@ -281,8 +340,7 @@ def build_sparse(name: str, case: Case):
     hw, train = (case.grid, case.grid), case.mode == 'train'
     qkv = torch.randn(case.batch, case.tokens, 3, HEADS, HEAD_DIMS, device=case.device)
     q, k, v = qkv.requires_grad_(train).permute(2, 0, 3, 1, 4).unbind(0)
-    steps = torch.arange(1 - case.grid, case.grid, device=case.device).abs() <= 7
-    keep = (steps[:, None] & steps)[None]
+    keep = near_offsets(hw)[None].to(case.device)
     prior = torch.rand(HEADS, *keep.shape[1:], device=case.device)
     prior.requires_grad_(train)
     tables = {
@@ -293,7 +351,9 @@ def build_sparse(name: str, case: Case):
 
     def run():
         with torch.set_grad_enabled(train):
-            out = spatial_prior_attention(q, k, v, hw=hw, **tables[name])
+            out = spatial_prior_attention(
+                q, k, v, hw=hw, attn_impl=attn_impl, **tables[name]
+            )
             if train:
                 torch.autograd.grad(out, [qkv], torch.ones_like(out), retain_graph=True)
 
@@ -452,6 +512,7 @@ def measure(case: Case, args) -> list[dict]:
         return []
     times = time_in_turns(timers, args.repeats, LEAST)
     timers.clear()
+    times = {n: [value / part.share(n) for value in times[n]] for n in times}
     memory = {}
     if args.memory and case.tokens >= args.memory_from:
         for name in times:
@@ -559,7 +620,7 @@ def tabulate(case: Case, times: dict, floor_of, memory: dict, args) -> list[dict
         list[dict]: The rows.
     """
     print(
-        f'\n{case.part} {case.mode}, {case.grid} x {case.grid} tokens, '
+        f'\n{case.part} {case.mode}, {case.sides[0]} x {case.sides[1]} tokens, '
         f'batch {case.batch}, {case.dtype}, {case.device}'
     )
     print(f'  {"":30}{"ms":>10}{"ratio":>8}{"peak MB":>10}{"ratio":>8}{"run MB":>9}')
@@ -614,9 +675,11 @@ def markdown(rows: list[dict], where: str) -> str:
         case = Case(*(row[field] for field in Case._fields))
         if case != seen:
             seen = case
+            height, width = (side * PATCH for side in case.sides)
+            size = f'{height} px' if height == width else f'{height} x {width} px'
             lines += [
                 '',
-                f'**{case.part}, {case.mode}, {case.tokens} tokens ({row["px"]} px), batch '
+                f'**{case.part}, {case.mode}, {case.tokens} tokens ({size}), batch '
                 f'{case.batch}, {case.dtype}, {case.device}**',
                 '',
                 '| ' + ' | '.join(heads) + ' |',
@@ -682,6 +745,7 @@ class Part(NamedTuple):
         build (Callable, optional): From a contestant and a case to a function that does
             the work once, for ``measure``. Defaults to None.
         measure (Callable): From a case and the options to rows of the table.
+        share (Callable): From a contestant to what its time is divided by.
     """
 
     names: tuple
@@ -689,6 +753,7 @@ class Part(NamedTuple):
     cases: Callable
     build: Callable | None
     measure: Callable = measure
+    share: Callable = lambda name: 1
 
 
 def layer_cases(args) -> list[Case]:
@@ -723,6 +788,39 @@ def sparse_floor(name: str) -> str:
     return SPARSE_LAYERS[0] if name in SPARSE_LAYERS else 'none'
 
 
+def growth_cases(args) -> list[Case]:
+    return [Case('growth', 'infer', 32, 1, 'fp32', args.device)]
+
+
+def segment_cases(args) -> list[Case]:
+    return [Case('segment', 'infer', 64, 1, 'fp32', args.device)]
+
+
+def measure_segment(case: Case, args) -> list[dict]:
+    """Rows of the table of pictures, of which one takes long enough to be timed alone."""
+    from timeit import Timer
+
+    runs = {}
+    for name in contestants(case, args):
+        try:
+            runs[name] = build_segment(name, case)
+        except ImportError as error:
+            print(f'  left out: {name}: {str(error).splitlines()[0]}', flush=True)
+            return []
+        runs[name]()  # the first is slower
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    times = {name: [] for name in runs}
+    for _ in range(args.repeats):
+        for name, run in runs.items():
+            times[name].append(Timer(run, timer=clock).timeit(1))
+    runs.clear()
+    memory = {}
+    if args.memory:
+        for name in times:
+            memory[name] = in_own_process('--memory-of', [name, *case], args)
+    return tabulate(case, times, lambda _: SEGMENT[0], memory, args)
+
+
 def start_cases(args) -> list[Case]:
     return [Case('start', 'infer', 14, 1, 'fp32', 'cpu')]
 
@@ -752,6 +850,14 @@ PARTS = {
         (*SPARSE, *SPARSE_LAYERS), sparse_floor, cases_of('sparse'), build_sparse
     ),
     'models': Part(SHIPPED, lambda name: name, shipped_cases, None, measure_shipped),
+    'growth': Part(
+        tuple(GROWTH),
+        next(iter(GROWTH)),
+        growth_cases,
+        build_growth,
+        share=lambda name: GROWTH[name] ** 2 / 1024,
+    ),
+    'segment': Part(SEGMENT, SEGMENT[0], segment_cases, build_segment, measure_segment),
 }
 
 
@@ -814,6 +920,8 @@ def parse_args(argv=None):
         args.threads = 1
     if args.repeats is None:
         args.repeats = 4 if args.short else 7
+    if 'sparse' in args.part and 'growth' not in args.part and not args.cases:
+        args.part.append('growth')
     args.memory_from = 0
     if args.short:
         args.grids, args.memory_from = [14, 24, 32], 32**2

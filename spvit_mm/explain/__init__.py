@@ -3,10 +3,12 @@
 from .attention_maps import QueryAttention, draw_query_attention, query_attention
 from .binarize import (
     BinarizedAttention,
+    Kept,
     OffsetMass,
     binarize,
     keep_offsets,
     offset_mass,
+    sparsify,
 )
 from .prior_maps import (
     PriorMap,
@@ -31,10 +33,12 @@ from .relevance import (
 
 __all__ = [
     'BinarizedAttention',
+    'Kept',
     'OffsetMass',
     'binarize',
     'keep_offsets',
     'offset_mass',
+    'sparsify',
     'RELEVANCE_METHODS',
     'Perturbation',
     'class_scores',

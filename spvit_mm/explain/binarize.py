@@ -1,20 +1,25 @@
 """Binarised priors, the paper's outlook: every head keeps some offsets, no more.
 
-Which ones, the prior ranks that multiplies the scores or, where there is none, the one
-that is added to them; with both, the one that is added is kept but ranks nothing.
+Which ones, the attention on images says, or the prior, known before any image: the one
+that multiplies the scores or, where there is none, the one that is added to them; with
+both, the one that is added is kept but ranks nothing.
 """
 
+from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 from ..models import SpatialPriorAttention
-from ..ops import check_keep, expand_prior, spatial_prior_attention
+from ..ops import check_keep, spatial_prior_attention
+from ..ops.local import TILE, local_cost
+from ..ops.prior import mask_bias
 from ..utils import UserError
-from .recording import record_attention
 
-CRITERIA = ('offsets', 'mass')
+# Ranked by the prior, and by the attention itself.
+CRITERIA = ('offsets', 'mass', 'fewest', 'window')
 
 
 class BinarizedAttention(nn.Module):
@@ -94,8 +99,13 @@ class OffsetMass(NamedTuple):
 def offset_mass(model, batches):
     """Measure the attention of every layer with spatial priors by offset.
 
+    The mass of an offset is the attention that all pairs of patches at that offset get,
+    over all queries and images: a far offset, of which a grid has few pairs, has a small
+    one. What goes to extra tokens is left out. The attention is computed row by row of
+    the grid, so memory grows as for one row.
+
     Args:
-        model (nn.Module): An image classifier or backbone.
+        model (nn.Module): A model that holds SpatialPriorAttention, in eval mode.
         batches (Iterable[Tensor]): Normalized images (B, 3, h, w) of one size.
 
     Returns:
@@ -105,24 +115,38 @@ def offset_mass(model, batches):
     Raises:
         UserError: If there is no SP-SA layer, or images differ in size.
     """
-    masses, tables, grid = {}, {}, None
-    with record_attention(model) as recording:
+    masses, tables, grids = {}, {}, []
+
+    def measure(name, attn, x, hw_shape, omega=None, rescale=None):
+        hw = tuple(int(side) for side in hw_shape)
+        prior, bias, keep = attn.score_tables(hw, x.device, omega, rescale)
+        ranks = bias if prior is None else prior
+        if ranks is None:  # no prior
+            return
+        if hw not in grids:
+            grids.append(hw)
+        if len(grids) > 1:
+            sizes = ' and '.join(f'{height} x {width}' for height, width in grids)
+            raise UserError(
+                'All images must have one size to be binarised for; these make grids '
+                f'of {sizes} patches.'
+            )
+        if keep is not None:
+            ranks = ranks.masked_fill(~keep, float('-inf'))
+        tables[name] = ranks.expand(attn.num_heads, -1, -1)
+        mass = _attention_by_offset(attn, x, hw, prior, mask_bias(bias, keep))
+        masses[name] = masses.get(name, 0) + mass
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, SpatialPriorAttention):
+                hook = partial(_before_forward, partial(measure, name))
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
         for images in batches:
             model(images)
-            if grid not in (None, recording.grid):
-                raise UserError('All images must have one size to be binarised for.')
-            grid = recording.grid
-            for m in recording.maps:
-                attn = model.get_submodule(m.name)
-                if m.position is None or not isinstance(attn, SpatialPriorAttention):
-                    continue
-                extra = m.weights.shape[-1] - grid[0] * grid[1]
-                pairs = m.weights[:, :, extra:, extra:].sum(0)
-                masses[m.name] = masses.get(m.name, 0) + fold_pairs(pairs, grid)
-                ranks = m.position
-                if m.keep is not None:
-                    ranks = ranks.masked_fill(~m.keep, float('-inf'))
-                tables[m.name] = pick_offsets(ranks[0, :, extra:, extra:], grid)
+            if not masses:
+                break
     if not masses:
         raise UserError(
             f'{type(model).__name__} has no SP-SA layer, or no image was given: there '
@@ -131,45 +155,64 @@ def offset_mass(model, batches):
     return {
         name: OffsetMass(tables[name], mass / mass.sum((1, 2), keepdim=True))
         for name, mass in masses.items()
-    }, grid
+    }, grids[0]
 
 
-def _offset_index(hw, device):
-    """The flat table index of every pair, (N, N)."""
-    size = (2 * hw[0] - 1, 2 * hw[1] - 1)
-    index = torch.arange(size[0] * size[1], device=device)
-    return expand_prior(index.view(1, *size), hw)[0]
+def _before_forward(measure, module, args, kwargs):
+    measure(module, *args, **kwargs)
 
 
-def fold_pairs(pairs, hw):
-    """Sum a value of all pairs (heads, N, N) by offset: (heads, 2H-1, 2W-1)."""
-    size = (2 * hw[0] - 1, 2 * hw[1] - 1)
-    table = pairs.new_zeros(len(pairs), size[0] * size[1])
-    index = _offset_index(hw, pairs.device).flatten()
-    return table.index_add(1, index, pairs.flatten(1)).unflatten(1, size)
+def _attention_by_offset(attn, x, hw, prior, beta):
+    """The attention between patches, summed by offset: (heads, 2H-1, 2W-1), float64."""
+    (height, width), extra = hw, attn.num_extra_tokens
+    q, k, _ = attn.project_qkv(x, hw)
+    axis = torch.arange(width, device=x.device)
+    rows = torch.arange(height, device=x.device).view(-1, 1) * (2 * width - 1)
+    # Where the table holds a query's pairs, if its row's began at the table's top.
+    index = axis - axis.view(-1, 1, 1) + width - 1 + rows  # (W, H, W)
+    mass = q.new_zeros(attn.num_heads, (2 * height - 1) * (2 * width - 1)).double()
+    for y in range(height):
+        first = extra + y * width
+        scores = q[:, :, first : first + width] * attn.scale @ k.transpose(-2, -1)
+        pairs = scores[..., extra:]
+        if prior is not None:
+            pairs = pairs * _row_pairs(prior, y, hw)
+        if beta is not None:
+            pairs = pairs + _row_pairs(beta, y, hw)
+        weights = torch.cat((scores[..., :extra].to(pairs), pairs), -1).softmax(-1)
+        weights = weights[..., extra:].double().sum(0).flatten(1)
+        top = (height - 1 - y) * (2 * width - 1)
+        mass.index_add_(1, (index + top).flatten(), weights)
+    return mass.view(-1, 2 * height - 1, 2 * width - 1)
 
 
-def pick_offsets(pairs, hw):
-    """The table of a value (heads, N, N) that depends on the offset alone."""
-    size = (2 * hw[0] - 1, 2 * hw[1] - 1)
-    table = pairs.new_zeros(len(pairs), size[0] * size[1])
-    table[:, _offset_index(hw, pairs.device).flatten()] = pairs.flatten(1)
-    return table.unflatten(1, size)
+def _row_pairs(table, y, hw):
+    """A table's values for the queries of row y: (heads, W, N)."""
+    height, width = hw
+    near = table[:, height - 1 - y : 2 * height - 1 - y]
+    near = near.unfold(2, width, 1).flip(2)  # (heads, H, W queries, W)
+    return near.transpose(1, 2).flatten(2)
 
 
 def keep_offsets(table, mass, share, by='offsets'):
-    """Which offsets a head keeps: those of the largest prior.
+    """Which offsets a head keeps.
 
-    From the largest on, offsets are taken until they make up ``share`` of all
-    offsets that the prior does not mask, or of the attention mass. The zero offset is
-    always kept, so that no query is left without a key.
+    The zero offset is always kept, so that no query is left without a key, and none
+    that the prior masks. ``by`` says which others, and what they make up:
+
+    - 'offsets': those of the largest prior, ``share`` of all offsets.
+    - 'mass': those of the largest prior, until they hold ``share`` of the attention.
+    - 'fewest': those of the most attention: the fewest that hold ``share`` of it.
+    - 'window': all of one rectangle that holds ``share`` of the attention: that with
+      the fewest keys for a tile of queries, which is what ``attn_impl='local'``
+      computes.
 
     Args:
         table (Tensor): What ranks them, as of :class:`OffsetMass`, (heads, 2H-1, 2W-1).
         mass (Tensor): The attention's mass by offset, of the same shape and sum
             1 a head.
         share (float): In (0, 1].
-        by (str): 'offsets' or 'mass'. Defaults to 'offsets'.
+        by (str): One of ``CRITERIA``. Defaults to 'offsets'.
 
     Returns:
         Tensor: (heads, 2H-1, 2W-1), bool.
@@ -184,19 +227,121 @@ def keep_offsets(table, mass, share, by='offsets'):
     visible = table > float('-inf')
     if share == 1:
         return visible
-    order = table.flatten(1).argsort(dim=1, descending=True, stable=True)
-    if by == 'offsets':
-        taken = visible.flatten(1).to(table).gather(1, order)
-        taken = taken / taken.sum(dim=1, keepdim=True)
-    else:
-        taken = mass.flatten(1).to(table).gather(1, order)
+    if by == 'window':
+        return _smallest_window(mass, share) & visible
+    middle = table.shape[1] // 2, table.shape[2] // 2
+    ranks = table
+    if by == 'fewest':
+        ranks = mass.masked_fill(~visible, float('-inf'))
+        # First, or one offset too many could be taken before it.
+        ranks[:, middle[0], middle[1]] = float('inf')
+    order = ranks.flatten(1).argsort(dim=1, descending=True, stable=True)
+    taken = visible if by == 'offsets' else mass
+    taken = taken.double().flatten(1).gather(1, order)
+    taken = taken / taken.sum(dim=1, keepdim=True)
     # An offset is taken while those before it have not reached the share.
-    before = taken.double().cumsum(1) - taken.double()
+    before = taken.cumsum(1) - taken
     keep = torch.zeros_like(order, dtype=torch.bool)
     keep.scatter_(1, order, before < share - 1e-9)
     keep = keep.view_as(table) & visible
-    keep[:, table.shape[1] // 2, table.shape[2] // 2] = True
+    keep[:, middle[0], middle[1]] = True
     return keep
+
+
+def _smallest_window(mass, share):
+    """For each head the rectangle of :func:`keep_offsets`, around the zero offset."""
+    heads, height, width = len(mass), *((side + 1) // 2 for side in mass.shape[1:])
+    mass = mass.double() / mass.double().sum((1, 2), keepdim=True)
+    # Sums of all columns left of each column and of all rows above each row.
+    total = torch.nn.functional.pad(mass.cumsum(1).cumsum(2), (1, 0, 1, 0))
+    dy = torch.arange(height, device=mass.device)
+    dx = torch.arange(width, device=mass.device)
+    best = torch.full((heads,), float('inf'), device=mass.device)
+    sides = torch.zeros(heads, 4, dtype=torch.long, device=mass.device)
+    for up in range(height):
+        # Of the rows from `up` to each `down`, the mass left of each column.
+        part = total[:, height:] - total[:, height - 1 - up, None]  # (heads, H, 2W)
+        wanted = part[..., :width] + share - 1e-9  # from each `left`, W-1 patches first
+        end = torch.searchsorted(part.contiguous(), wanted.contiguous())
+        right = (end - width).clamp(min=0)
+        rows = (min(TILE, height) + up + dy).clamp(max=height).view(-1, 1)
+        cols = min(TILE, width) + dx.flip(0) + right
+        cost = rows * cols.clamp(max=width)
+        # Of those alike, the smallest.
+        area = (up + dy + 1).view(-1, 1) * (dx.flip(0) + right + 1)
+        cost = cost + area / (4.0 * height * width)
+        cost = cost.masked_fill(end >= part.shape[-1], float('inf')).flatten(1)
+        least, where = cost.min(1)
+        down, left = where // width, width - 1 - where % width
+        found = right.flatten(1).gather(1, where[:, None])[:, 0]
+        found = torch.stack((torch.full_like(down, up), down, left, found), 1)
+        sides = torch.where((least < best)[:, None], found, sides)
+        best = torch.minimum(best, least)
+    up, down, left, right = sides.view(heads, 4, 1, 1).unbind(1)
+    row = torch.arange(1 - height, height, device=mass.device).view(-1, 1)
+    col = torch.arange(1 - width, width, device=mass.device)
+    return (row >= -up) & (row <= down) & (col >= -left) & (col <= right)
+
+
+class Kept(NamedTuple):
+    """What a layer keeps.
+
+    Attributes:
+        name (str): The name of its attention.
+        keep (Tensor): (heads, 2H-1, 2W-1), bool.
+        pairs (Tensor): The share of all pairs of patches that each head keeps, (heads,).
+        mass (Tensor): The share of the attention, (heads,).
+        computed (float): What ``attn_impl='local'`` costs on the CPU, as a share of all
+            pairs.
+    """
+
+    name: str
+    keep: torch.Tensor
+    pairs: torch.Tensor
+    mass: torch.Tensor
+    computed: float
+
+
+def sparsify(model, masses, hw, share, by='fewest'):
+    """Mask in every layer of a model that was measured what it does not need, in place.
+
+    Args:
+        model (nn.Module): The model that ``masses`` was measured on.
+        masses (Dict[str, OffsetMass]): Of :func:`offset_mass`.
+        hw (Tuple[int, int]): The grid (H, W).
+        share (float): See :func:`keep_offsets`.
+        by (str): See :func:`keep_offsets`. Defaults to 'fewest'.
+
+    Returns:
+        List[Kept]: One of each layer.
+
+    Raises:
+        ValueError: If ``share`` or ``by`` is not accepted.
+    """
+    found = []
+    for name, (table, mass) in masses.items():
+        keep = keep_offsets(table, mass, share, by)
+        model.get_submodule(name).set_kept(keep)
+        found.append(describe_kept(name, keep, mass))
+    return found
+
+
+def describe_kept(name, keep, mass):
+    """Say what a layer keeps.
+
+    Args:
+        name (str): The name of its attention.
+        keep (Tensor): (heads, 2H-1, 2W-1), bool.
+        mass (Tensor): The attention by offset, of the same shape, each head of sum 1.
+
+    Returns:
+        Kept: See there.
+    """
+    hw = tuple((side + 1) // 2 for side in keep.shape[1:])
+    rows, cols = (side - torch.arange(1 - side, side).abs() for side in hw)
+    pairs = (rows[:, None] * cols).to(mass) / (hw[0] * hw[1]) ** 2
+    pairs, mass = ((value * keep).sum((1, 2)).cpu() for value in (pairs, mass))
+    return Kept(name, keep.cpu(), pairs, mass, local_cost(keep, hw, 0))
 
 
 def binarize(model, masses, hw, share, by='offsets', ones=False, impl='auto'):
@@ -215,7 +360,7 @@ def binarize(model, masses, hw, share, by='offsets', ones=False, impl='auto'):
         Tuple[float, float]: The shares of offsets and of attention mass that
         are kept, means over layers and heads.
     """
-    offsets, kept_mass = [], []
+    kept = []
     for name, (table, mass) in masses.items():
         attn = model.get_submodule(name)
         if not isinstance(attn, SpatialPriorAttention):
@@ -224,6 +369,21 @@ def binarize(model, masses, hw, share, by='offsets', ones=False, impl='auto'):
         parent, _, child = name.rpartition('.')
         layer = BinarizedAttention(attn, keep, hw, ones, impl).train(attn.training)
         setattr(model.get_submodule(parent), child, layer)
-        offsets.append(keep.double().mean())
-        kept_mass.append((mass * keep).sum((1, 2)).double().mean())
-    return float(torch.stack(offsets).mean()), float(torch.stack(kept_mass).mean())
+        kept.append(describe_kept(name, keep, mass))
+    return mean_kept(kept)[::2]
+
+
+def mean_kept(kept):
+    """Means over layers and heads of what is kept.
+
+    Args:
+        kept (List[Kept]): Of each layer.
+
+    Returns:
+        Tuple[float, float, float]: The shares of the offsets, of the pairs of patches,
+        and of the attention between them.
+    """
+    return tuple(
+        float(torch.stack([value.double().mean() for value in values]).mean())
+        for values in zip(*((x.keep, x.pairs, x.mass) for x in kept), strict=True)
+    )

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..models import SpatialPrior, SpatialPriorAttention
-from ..models.attention import GridAttention
+from ..models.attention import GridAttention, fit_mask
 from ..utils import UserError, figure_to_image, new_figure
 
 # Of offsets that a prior masks, in no colour map used here.
@@ -86,13 +86,15 @@ def collect_priors(model, hw=None):
         layer = 'all layers'
         if 'layers' in parts:
             layer = f'layer {int(parts[parts.index("layers") + 1]) + 1}'
-        combine = _combine(model.get_submodule(parent))
+        owner = model.get_submodule(parent)
+        combine = _combine(owner)
         added = combine == 'add' or child == 'bias_prior'
         if combine == 'both':
             layer += ', added' if added else ', multiplied'
         table, keep = module(grid), module.keep(grid)
-        if keep is not None:
-            table = table.masked_fill(~keep, float('nan'))
+        for mask in (keep, _kept(owner, grid, len(table))):
+            if mask is not None:
+                table = table.masked_fill(~mask, float('nan'))
         maps.append(PriorMap(layer, table.float().cpu().numpy(), added))
     return maps
 
@@ -103,6 +105,18 @@ def _combine(owner):
         if isinstance(module, SpatialPriorAttention):
             return module.combine
     return 'multiply'
+
+
+def _kept(owner, grid, heads):
+    """Offsets that an attention with such a prior keeps, (heads, 2H-1, 2W-1), or None.
+
+    Of those that share a prior, one that keeps an offset is enough.
+    """
+    attentions = [m for m in owner.modules() if isinstance(m, SpatialPriorAttention)]
+    if not attentions or any(attn.kept is None for attn in attentions):
+        return None
+    kept = torch.stack([fit_mask(attn.kept, grid) for attn in attentions]).any(0)
+    return kept if heads > 1 else kept.any(0, keepdim=True)
 
 
 def draw_priors(maps, title='', reach=None):

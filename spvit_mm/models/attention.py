@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from mmpretrain.models.utils import MultiheadAttention
 from mmpretrain.registry import MODELS
 
-from ..ops import spatial_prior_attention
+from ..ops import check_keep, spatial_prior_attention
+from ..utils import CheckpointError
 from .builder import build_child
 from .checks import check_choice, check_heads
 from .priors import WindowSpatialPrior
@@ -158,6 +159,11 @@ class SpatialPriorAttention(GridAttention):
             ``qkv_bias=False`` it is a learned scalar for each head. Else it comes from
             the biases of queries and keys, which meet the content, too: S then has
             terms of one token alone. Defaults to 0.
+        masked (bool): Whether each head has a mask of its own, the buffer ``kept``: it
+            attends to patches at the offsets that are kept and to extra tokens. All are
+            at first; a checkpoint of tools/model_converters/sparsify_priors.py or
+            :meth:`set_kept` says which. On another grid than its own a mask holds for
+            the same offsets in patches, and further ones are masked. Defaults to False.
         **kwargs: ``attn_drop``, ``proj_drop``, ``dropout_layer``,
             ``qkv_bias``, ``proj_bias``, ``v_shortcut``, ``input_dims``,
             ``layer_scale_init_value``, ``init_cfg`` of mmpretrain's
@@ -182,6 +188,7 @@ class SpatialPriorAttention(GridAttention):
         qk_scale=None,
         attn_impl='auto',
         init_score=0.0,
+        masked=False,
         **kwargs,
     ):
         super().__init__(
@@ -207,6 +214,12 @@ class SpatialPriorAttention(GridAttention):
             self.prior = build_prior(prior, num_heads, self.grid, combine)
             if combine == 'both':
                 self.bias_prior = build_prior(prior, num_heads, self.grid, combine)
+        self.register_buffer('kept', None)
+        if masked:
+            if self.grid is None:
+                raise ValueError('`masked=True` needs `grid`, the (H, W) of the masks.')
+            size = (2 * self.grid[0] - 1, 2 * self.grid[1] - 1)
+            self.kept = torch.ones(num_heads, *size, dtype=torch.bool)
         self.reset_score()
 
     def set_depth(self, layer, num_layers):
@@ -278,7 +291,11 @@ class SpatialPriorAttention(GridAttention):
             omega = evaluate_priors(self.prior, self.bias_prior, hw, device, rescale)
         elif omega is None or isinstance(omega, torch.Tensor):
             omega = (omega, None, None)
-        return self._combine(*omega)
+        prior, bias, keep = self._combine(*omega)
+        if self.kept is not None:
+            kept = fit_mask(self.kept, hw)
+            keep = kept if keep is None else keep & kept
+        return prior, bias, keep
 
     def _combine(self, omega, theta, keep):
         if omega is None or self.combine == 'add':
@@ -291,6 +308,60 @@ class SpatialPriorAttention(GridAttention):
             score = self.score.to(omega.dtype).view(-1, 1, 1) * (omega - 1)
             bias = score if bias is None else bias + score
         return omega, bias, keep
+
+    def set_kept(self, kept):
+        """Mask all offsets but those that are kept.
+
+        Args:
+            kept (Tensor): (heads, 2H-1, 2W-1), bool, of any grid (H, W), True at the
+                zero offset.
+
+        Raises:
+            ValueError: If it is no such table.
+        """
+        self._check_kept(kept)
+        device = self.qkv.weight.device
+        # A buffer born in inference mode could not enter a later training.
+        with torch.inference_mode(False):
+            self.kept = kept.detach().clone().to(device)
+
+    def _check_kept(self, kept):
+        if kept.dim() != 3 or len(kept) != self.num_heads:
+            raise ValueError(
+                f'The masks must be (heads, 2H-1, 2W-1) for {self.num_heads} heads, but '
+                f'are {tuple(kept.shape)}.'
+            )
+        check_keep(kept, [(side + 1) // 2 for side in kept.shape[1:]])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        kept = state_dict.get(f'{prefix}kept')
+        if kept is not None and self.kept is not None:
+            try:
+                self.set_kept(kept)
+            except ValueError as error:
+                raise CheckpointError(
+                    f'The masks of {prefix.rstrip(".")!r} in the checkpoint cannot be '
+                    f'taken: {error}'
+                ) from error
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def fit_mask(kept, hw):
+    """Masks on another grid: offsets in patches stay, and further ones are masked.
+
+    Args:
+        kept (Tensor): (heads, 2H-1, 2W-1), bool, of a grid (H, W).
+        hw (Tuple[int, int]): The other grid (H', W').
+
+    Returns:
+        Tensor: (heads, 2H'-1, 2W'-1); ``kept`` itself on its own grid.
+    """
+    more_rows, more_cols = (
+        side - (size + 1) // 2 for side, size in zip(hw, kept.shape[1:], strict=True)
+    )
+    if not more_rows and not more_cols:
+        return kept
+    return F.pad(kept, (more_cols, more_cols, more_rows, more_rows), value=False)
 
 
 def build_prior(cfg, num_heads, grid, combine):

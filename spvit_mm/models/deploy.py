@@ -1,5 +1,6 @@
 """The deploy form: priors folded into tables of constants for one grid."""
 
+from .attention import SpatialPriorAttention, fit_mask
 from .checks import is_int
 from .priors import ConstantSpatialPrior, SpatialPrior
 
@@ -20,7 +21,8 @@ def check_grid(grid):
 def fold_priors(model, grid):
     """Replace every prior of a model by its values on one grid, in place.
 
-    A prior that several layers share becomes one table that they share.
+    A prior that several layers share becomes one table that they share. Masks of
+    attentions become those of the grid.
 
     Args:
         model (nn.Module): The model.
@@ -35,6 +37,8 @@ def fold_priors(model, grid):
             if prior not in constants:
                 constants[prior] = ConstantSpatialPrior.from_prior(prior, grid, device)
             setattr(parent, name, constants[prior])
+        if isinstance(parent, SpatialPriorAttention) and parent.kept is not None:
+            parent.set_kept(fit_mask(parent.kept, grid))
 
 
 def check_folded(model, grid):

@@ -1,6 +1,7 @@
 """SP-ViT: a vision transformer whose first layers attend with spatial priors."""
 
 import math
+import re
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
 from mmpretrain.registry import MODELS
 from torch.utils.checkpoint import checkpoint
 
+from ..utils import CheckpointError
 from .attention import SpatialPriorAttention, build_prior, evaluate_priors
 from .builder import resolve_type
 from .checks import check_choice, check_heads, check_int, check_sides, is_int
@@ -21,6 +23,9 @@ from .embed import build_stem
 from .freezing import check_freezing, freeze
 from .layer import SPViTLayer
 from .position import draw_rescale, fit_state_dict
+
+# In a state dict, of ``SpatialPriorAttention(masked=True)``.
+MASK_NAME = r'layers\.(\d+)\.attn\.kept$'
 
 
 def _lvvit_arch(embed_dims, num_layers, num_heads, stem_channels, skip_scale):
@@ -587,5 +592,23 @@ class SPViT(VisionTransformer):
 
     def _prepare_pos_embed(self, state_dict, prefix, *args, **kwargs):
         """Before loading: fit a checkpoint's position and grid to this model."""
+        self._check_masks(state_dict, prefix)
         for change in fit_state_dict(state_dict, prefix, self):
             MMLogger.get_current_instance().info(change)
+
+    def _check_masks(self, state_dict, prefix):
+        """Refuse the masks of another model; a checkpoint without any is taken."""
+        ours = [
+            i
+            for i, layer in enumerate(self.layers)
+            if getattr(layer.attn, 'kept', None) is not None
+        ]
+        names = [re.match(MASK_NAME, name.removeprefix(prefix)) for name in state_dict]
+        theirs = sorted(int(name[1]) for name in names if name)
+        if theirs and theirs != ours:
+            raise CheckpointError(
+                f'The checkpoint holds masks for the layers {theirs}, and this model has '
+                f'them in {ours or "none"}. Take the config that was written beside the '
+                'checkpoint (`model.backbone.attn_cfg.masked=True`, and as many SP-SA '
+                'layers).'
+            )

@@ -171,3 +171,40 @@ def test_shipped_classifiers_are_deployed(monkeypatch):
         ('', 8): 'MLPSpatialPrior',
         (', deploy form', 1): 'ConstantSpatialPrior',
     }
+
+
+def test_growth_comes_with_the_masks(tmp_path, monkeypatch):
+    """Its time is for 1,024 tokens, whatever the grid."""
+    assert speed.parse_args(['--part', 'sparse']).part == ['sparse', 'growth']
+    few = ['--part', 'sparse', '--cases', 'infer:2:1']
+    assert speed.parse_args(few).part == ['sparse']
+    names = ['layer: near keys, 1024 tokens', 'layer: near keys, 2304 tokens']
+    assert set(names) <= set(speed.GROWTH)
+    monkeypatch.setattr(
+        speed, 'time_in_turns', lambda timers, *_: {name: [0.5, 0.5] for name in timers}
+    )
+    argv = ['--part', 'growth', '--names', *names, '--no-memory', '--threads', '1']
+    speed.main([*argv, '--repeats', '2', '--out-dir', str(tmp_path)])
+    with open(tmp_path / 'speed.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['name'] for row in rows] == names
+    assert [float(row['ms']) for row in rows] == pytest.approx([500, 500 / 2.25])
+    assert float(rows[1]['ratio']) == pytest.approx(1 / 2.25)
+
+
+def test_picture_before_and_after(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('mmseg.models')
+    case = speed.Case('segment', 'infer', 2, 1, 'fp32', 'cpu')
+    assert (case.sides, case.tokens) == ((2, 4), 8)
+    monkeypatch.setitem(
+        speed.PARTS,
+        'segment',
+        speed.PARTS['segment']._replace(cases=lambda args: [case]),
+    )
+    argv = ['--part', 'segment', '--no-memory', '--threads', '1', '--repeats', '1']
+    speed.main([*argv, '--out-dir', str(tmp_path)])
+    with open(tmp_path / 'speed.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['name'] for row in rows] == list(speed.SEGMENT)
+    assert all(float(row['ms']) > 0 for row in rows)
+    assert '8 tokens (32 x 64 px)' in capsys.readouterr().out

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -9,9 +10,11 @@ from torch import nn
 from spvit_mm.explain import (
     BinarizedAttention,
     binarize,
+    collect_priors,
     keep_offsets,
     offset_mass,
     record_attention,
+    sparsify,
 )
 from spvit_mm.models import SPViT
 from spvit_mm.ops import expand_prior, flex
@@ -60,6 +63,136 @@ def test_mass_by_offset(share_prior, cls_token_layer):
     np.testing.assert_allclose(mass.numpy(), expected, rtol=1e-10)
     prior = model.prior if share_prior == 'network' else model.layers[1].attn.prior
     torch.testing.assert_close(table, prior(HW).expand(2, -1, -1).detach())
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_mass_of_every_form_is_that_of_the_map(form):
+    model = build(**FORMS[form])
+    x = torch.randn(2, 3, 24, 24).double()  # a grid of 3 x 3
+    masses, grid = offset_mass(model, [x])
+    assert grid == (3, 3)
+    with record_attention(model) as recording:
+        model(x)
+    for m in recording.maps[:2]:
+        weights = m.weights.sum(0).detach().numpy()
+        expected = np.zeros((2, 5, 5))
+        for h, i, j in np.ndindex(2, 9, 9):
+            dy, dx = j // 3 - i // 3, j % 3 - i % 3
+            expected[h, dy + 2, dx + 2] += weights[h, i, j]
+        expected /= expected.sum((1, 2), keepdims=True)
+        np.testing.assert_allclose(masses[m.name].mass.numpy(), expected, rtol=1e-10)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def draw_mass(heads, rows, cols, holes=False):
+    table = torch.randn(heads, rows, cols).double()
+    mass = torch.rand(heads, rows, cols).double() ** 3
+    if holes:  # what the prior masks has no mass
+        masked = torch.rand(heads, rows, cols) < 0.3
+        masked[:, rows // 2, cols // 2] = False
+        table[masked], mass[masked] = -torch.inf, 0.0
+    return table, mass / mass.sum((1, 2), keepdim=True)
+
+
+@pytest.mark.parametrize('share', [0.05, 0.5, 0.8, 0.98])
+@pytest.mark.parametrize('holes', [False, True])
+def test_fewest_offsets_of_a_mass(share, holes):
+    """Against all sets of offsets that hold the zero offset."""
+    table, mass = draw_mass(3, 3, 3, holes)
+    keep = keep_offsets(table, mass, share, by='fewest')
+    assert not (keep & (table == -torch.inf)).any()
+    for head in range(3):
+        value = mass[head].flatten().tolist()
+        others = [i for i in range(9) if i != 4]
+        assert keep[head].flatten()[4]
+        assert float((mass * keep)[head].sum()) >= share - 1e-9
+        fewest = next(
+            n
+            for n in range(9)
+            if max(
+                sum(value[i] for i in chosen) + value[4]
+                for chosen in itertools.combinations(others, n)
+            )
+            >= share - 1e-9
+        )
+        assert int(keep[head].sum()) == fewest + 1
+
+
+@pytest.mark.parametrize('share', [0.05, 0.5, 0.8, 0.98])
+@pytest.mark.parametrize('side', [3, 10])
+def test_smallest_window_of_a_mass(share, side):
+    """Against all rectangles around the query."""
+    height, width = side, 4
+    table, mass = draw_mass(2, 2 * height - 1, 2 * width - 1)
+    keep = keep_offsets(table, mass, share, by='window')
+    for head in range(2):
+        found = []
+        for up, down in itertools.product(range(height), repeat=2):
+            for left, right in itertools.product(range(width), repeat=2):
+                rows = slice(height - 1 - up, height + down)
+                cols = slice(width - 1 - left, width + right)
+                if float(mass[head, rows, cols].sum()) < share - 1e-9:
+                    continue
+                keys = min(height, min(8, height) + up + down)
+                keys *= min(width, min(8, width) + left + right)
+                found.append((keys, (up + down + 1) * (left + right + 1)))
+        dy, dx = keep[head].nonzero().T - torch.tensor([[height - 1], [width - 1]])
+        up, down, left, right = -dy.min(), dy.max(), -dx.min(), dx.max()
+        area = int((up + down + 1) * (left + right + 1))
+        keys = min(height, min(8, height) + int(up + down))
+        keys *= min(width, min(8, width) + int(left + right))
+        assert (keys, area) == min(found)
+        assert int(keep[head].sum()) == area, 'a whole rectangle'
+        assert min(up, down, left, right) >= 0, 'around the query'
+        assert float((mass * keep)[head].sum()) >= share - 1e-9
+
+
+@pytest.mark.parametrize('by', ['fewest', 'window'])
+@pytest.mark.parametrize('form', FORMS)
+def test_sparse_model_is_the_binarised_one(form, by):
+    """The same masks, in the model itself and around its attention."""
+    cfg = dict(FORMS[form])
+    masked = dict(cfg, attn_cfg=dict(cfg.get('attn_cfg', {}), masked=True))
+    model = build(**masked)
+    x = torch.randn(2, 3, 16, 24).double()
+    masses, grid = offset_mass(model, [x])
+    other = copy.deepcopy(model)
+    kept = sparsify(model, masses, grid, 0.7, by)
+    shares = binarize(other, masses, grid, 0.7, by, impl='eager')
+    torch.testing.assert_close(model(x)[0], other(x)[0])
+    assert [layer.name for layer in kept] == list(masses)
+    for i, layer in enumerate(kept):
+        assert torch.equal(layer.keep, model.layers[i].attn.kept)
+        assert torch.equal(layer.keep, other.layers[i].attn.keep)
+        assert (layer.mass >= 0.7 - 1e-9).all()
+        pairs = expand_prior(layer.keep, grid).double().mean((1, 2))
+        torch.testing.assert_close(layer.pairs, pairs)
+    mass = torch.stack([layer.mass for layer in kept]).mean()
+    assert shares[1] == pytest.approx(float(mass))
+    # Measured again, all of the attention is at the offsets that are kept.
+    again, _ = offset_mass(model, [x])
+    for layer in kept:
+        assert again[layer.name].mass[~layer.keep].sum() == 0
+    # and what a head masks is not drawn
+    for drawn, layer in zip(
+        collect_priors(model)[:: len(collect_priors(model)) // 2], kept, strict=True
+    ):
+        assert (np.isnan(drawn.table) == (~layer.keep).numpy()).all()
+
+
+@pytest.mark.parametrize('share_prior', ['heads', 'network'])
+def test_what_shares_a_prior_has_masks_of_its_own(share_prior):
+    model = build(share_prior=share_prior, attn_cfg=dict(masked=True))
+    x = torch.randn(1, 3, 16, 24).double()
+    first, second = sparsify(model, *offset_mass(model, [x]), 0.5)
+    assert not torch.equal(first.keep[0], first.keep[1])
+    assert not torch.equal(first.keep, second.keep)
+    drawn = [np.isnan(prior.table) for prior in collect_priors(model)]
+    if share_prior == 'heads':
+        wanted = [~layer.keep.any(0, keepdim=True) for layer in (first, second)]
+    else:
+        wanted = [~(first.keep | second.keep)]
+    assert [d.tolist() for d in drawn] == [w.tolist() for w in wanted]
 
 
 def test_kept_offsets():
@@ -201,7 +334,7 @@ def test_bad_arguments():
     masses = offset_mass(model, [x])
     with pytest.raises(ValueError, match=r'`share` must lie in \(0, 1\]'):
         binarize(model, *masses, 0.0)
-    with pytest.raises(ValueError, match="'offsets', 'mass'"):
+    with pytest.raises(ValueError, match="'offsets', 'mass', 'fewest', 'window'"):
         binarize(model, *masses, 0.5, by='rows')
     with pytest.raises(ValueError, match='no SP-SA layer'):
         offset_mass(build(num_spsa_layers=0), [x])

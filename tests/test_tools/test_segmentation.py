@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from spvit_mm.apis import build_model, load_config, load_model
 from tests.test_tools.test_train_test import TOOLS, command, fails
 
 # With mmcv-lite, mmsegmentation itself cannot be imported.
@@ -122,6 +123,35 @@ def test_segmentation(tmp_path, capsys):
         f'train_dataloader.dataset.data_root={empty}',
     )  # fmt: skip
     assert f"No such file or directory: '{empty}/images'" in line
+
+
+def test_sparse_segmentor(tmp_path, capsys):
+    config = write_config(tmp_path, 'SPViT')
+    weights, out = tmp_path / 'trained.pth', tmp_path / 'sparse.pth'
+    options = {'model.backbone.num_spsa_layers': 1}
+    model = build_model(load_config(str(config), options)).eval()
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.2)
+    torch.save(model.state_dict(), weights)
+    option = ('--cfg-options', 'model.backbone.num_spsa_layers=1')
+    tool = 'model_converters/sparsify_priors.py'
+    command(tool, config, weights, out, '--finetune', 1, '--keep-mass', 0.6, *option)
+    printed = capsys.readouterr().out
+    assert 'Grid of 4 x 4 patches' in printed
+    assert 'mIoU: ' in printed
+    assert 'after fine-tuning, epochs: 1' in printed
+    command('test.py', tmp_path / 'sparse.py', out, '--work-dir', tmp_path / 'w')
+    _, sparse = load_model(str(tmp_path / 'sparse.py'), str(out))
+    kept = sparse.backbone.layers[0].attn.kept
+    assert 0 < kept.double().mean() < 0.8
+    # on another grid, too
+    with torch.no_grad():
+        assert sparse(torch.randn(1, 3, 48, 24), mode='tensor').shape[1] == 2
+    command(
+        'analysis/binarize_priors.py', config, weights, '--by', 'fewest',
+        '--keep', 0.6, '--mass-batches', 1, '--finetune', 1, *option,
+    )  # fmt: skip
+    assert 'mIoU' in capsys.readouterr().out
 
 
 def test_spvit_takes_images_of_any_shape(tmp_path):

@@ -54,6 +54,7 @@ MORE = {
     'generate_token_labels.py': ['images', 'out'],
     'reparameterize_model.py': ['out.pth'],
     'show_attention.py': ['--query', '0', '0'],
+    'sparsify_priors.py': ['out.pth'],
 }
 CONFIG = 'configs/classification/spvit-mini_1xb64-50e_digits.py'
 

@@ -26,6 +26,7 @@ COMMANDS = {
     'analysis/binarize_priors.py': '{config} {checkpoint} --out {folder}/a.png',
     'deploy/export.py': '{config} {checkpoint} {folder}/a.onnx',
     'model_converters/reparameterize_model.py': '{config} {checkpoint} {folder}/a.pth',
+    'model_converters/sparsify_priors.py': '{config} {checkpoint} {folder}/a.pth',
     'model_converters/convert.py': '{checkpoint} {folder}/a.pth --from deit',
     'dataset_converters/generate_token_labels.py': (
         '{config} {checkpoint} {images} {folder}/labels'

@@ -134,6 +134,18 @@ def test_binarized_priors(checkpoint, tmp_path, capsys):
     assert [float(r['offsets']) for r in rows] == pytest.approx([1, 0.3], abs=0.02)
     assert float(rows[1]['finetuned']) > float(rows[1]['accuracy'])
     assert (tmp_path / 'binarized.png').is_file()
+    more = ('--by', 'window', '--keep', '0.5', '--mass-batches', '1', '--time')
+    more += ('--cfg-options', 'test_dataloader.dataset.indices=60')
+    run('analysis/binarize_priors.py', CONFIG, path, *more)
+    with open(tmp_path / 'binarized.csv') as file:
+        (row,) = csv.DictReader(file)
+    assert list(row) == [
+        *('keep', 'offsets', 'mass', 'accuracy', 'pairs', 'computed', 'time'),
+    ]
+    assert float(row['mass']) >= 0.5 > float(row['offsets'])
+    assert float(row['offsets']) < float(row['pairs']) < 1
+    assert float(row['computed']) == 1, 'the grid is smaller than a tile'
+    assert float(row['time']) > 0
     capsys.readouterr()
     for argv, message in [
         (('--keep', '0'), '--keep takes shares in (0, 1]'),

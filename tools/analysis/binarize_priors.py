@@ -1,19 +1,21 @@
 #!/usr/bin/env python
-"""Keep for every head the offsets with the largest prior, mask the others, and
-measure the accuracy against what is kept; with --finetune also after some epochs. Where
-a layer multiplies by one prior and adds another, the one that multiplies ranks."""
+"""Keep for every head the offsets with the largest prior, or those of the most attention
+(--by), mask the others, and measure the accuracy against what is kept; with --finetune also
+after some epochs. Where a layer multiplies by one prior and adds another, the one that
+multiplies ranks. tools/model_converters/sparsify_priors.py writes one such model."""
 
 import argparse
 import csv
 import os.path as osp
 from copy import deepcopy
+from itertools import islice
 
-from spvit_mm_cli import ArgumentParser, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='binarize_priors.py', description=__doc__)
-    parser.add_argument('config', help='path of the config of a classifier')
+    parser.add_argument('config', help='path of the config')
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument(
         '--keep',
@@ -24,9 +26,11 @@ def parse_args(argv: list) -> argparse.Namespace:
     )
     parser.add_argument(
         '--by',
-        choices=['offsets', 'mass'],
+        choices=['offsets', 'mass', 'fewest', 'window'],
         default='offsets',
-        help='share of the offsets, or of the attention mass (default: offsets)',
+        help='offsets, mass: of the largest prior, until they are that share of the '
+        'offsets or of the attention; fewest, window: of the attention, by the fewest '
+        'offsets or the smallest rectangle that hold it (default: offsets)',
     )
     parser.add_argument(
         '--ones',
@@ -53,8 +57,15 @@ def parse_args(argv: list) -> argparse.Namespace:
         help='batches of the training data to measure the attention on (default: 4)',
     )
     parser.add_argument(
+        '--time',
+        action='store_true',
+        help='also the kept share of all pairs, what near keys cost on the CPU as a share '
+        'of them, and the time of a forward of one image over that of the model as it is',
+    )
+    parser.add_argument(
         '--out', help='the PNG (default: binarized.png beside the checkpoint)'
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     parser.check_paths([args.config], [args.checkpoint])
     return args
@@ -62,10 +73,12 @@ def parse_args(argv: list) -> argparse.Namespace:
 
 def main(argv: list) -> None:
     from mmengine.device import get_device
-    from mmengine.runner import Runner, set_random_seed
+    from mmengine.runner import Runner
 
-    from spvit_mm.apis import building, load_model
+    from spvit_mm.apis import building, load_config, load_trained_model
+    from spvit_mm.apis import sparsify as api
     from spvit_mm.explain import binarize, offset_mass
+    from spvit_mm.explain.binarize import describe_kept, mean_kept
     from spvit_mm.utils import UserError, prepare_picture
 
     args = parse_args(argv)
@@ -78,34 +91,45 @@ def main(argv: list) -> None:
         )
     out = args.out or osp.join(osp.dirname(args.checkpoint), 'binarized.png')
     out = prepare_picture(out) if args.out else out
-    cfg, model = load_model(args.config, args.checkpoint)
+    cfg = load_config(args.config, args.cfg_options)
+    model, _ = load_trained_model(cfg, args.checkpoint)
     needed = ['test_dataloader', 'train_dataloader']
     needed += ['optim_wrapper'] if args.finetune else []
     for name in needed:
         if not cfg.get(name):
             raise UserError(f'The config {args.config} has no {name}.')
     model.to(get_device())
-    with building(f'The data of {args.config}'):
-        test = Runner.build_dataloader(deepcopy(cfg.test_dataloader), seed=0)
+    cfg.test_evaluator = cfg.get('test_evaluator') or dict(type='Accuracy', topk=(1,))
+    test = api.evaluation_data(cfg)
+    with building(f'The training data of {args.config}'):
         train = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
-    set_random_seed(0)  # for the augmentation of the images below
-    images = (
-        model.data_preprocessor(batch, False)['inputs']
-        for batch, _ in zip(train, range(args.mass_batches), strict=False)
-    )
+    images = list(api.training_images(cfg, model, args.mass_batches))
     masses, grid = offset_mass(model, images)
+    example = images[0][:1]
 
-    header = ['keep', 'offsets', 'mass', 'accuracy']
-    header += ['finetuned'] if args.finetune else []
-    print('  '.join(f'{name:>9}' for name in header))
     rows = []
     for share in sorted(args.keep, reverse=True):
         one = deepcopy(model)
         kept = binarize(one, masses, grid, share, args.by, args.ones)
-        row = [share, *kept, accuracy(one, test)]
+        metric, value = api.evaluate(one, *test)
+        row = [share, *kept, value / 100]
         if args.finetune:
             finetune(one, train, cfg.optim_wrapper, args)
-            row.append(accuracy(one, test))
+            row.append(api.evaluate(one, *test)[1] / 100)
+        if args.time:
+            layers = [
+                describe_kept(name, one.get_submodule(name).keep, mass)
+                for name, (_, mass) in masses.items()
+            ]
+            old, new = api.time_forwards([model, one], example)
+            computed = sum(layer.computed for layer in layers) / len(layers)
+            row += [mean_kept(layers)[1], computed, new / old]
+        if not rows:
+            header = ['keep', 'offsets', 'mass']
+            header += ['accuracy' if metric == 'accuracy/top1' else metric]
+            header += ['finetuned'] if args.finetune else []
+            header += ['pairs', 'computed', 'time'] if args.time else []
+            print('  '.join(f'{name:>9}' for name in header))
         rows.append(row)
         print('  '.join(f'{value:9.4f}' for value in row), flush=True)
     draw(header, rows, args.by).savefig(out, dpi=120)
@@ -117,54 +141,39 @@ def main(argv: list) -> None:
     print(f'Written: {out} and {table}')
 
 
-def accuracy(model, loader):
-    """Top-1 accuracy of a classifier, in eval mode."""
-    import torch
-
-    model.eval()
-    with torch.no_grad():
-        right = [
-            bool((sample.pred_label == sample.gt_label).all())
-            for batch in loader
-            for sample in model.test_step(batch)
-        ]
-    return sum(right) / len(right)
-
-
 def finetune(model, loader, settings, args):
     """Train for a few epochs at a constant, lower learning rate."""
-    from mmengine.logging import MMLogger
     from mmengine.optim import build_optim_wrapper
     from mmengine.runner import set_random_seed
+
+    from spvit_mm.apis import sparsify as api
 
     settings = deepcopy(settings)
     settings.optimizer.lr *= args.lr_factor
     set_random_seed(0)
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('WARNING')  # it names every parameter that is not decayed
-    wrapper = build_optim_wrapper(model, settings)
-    logger.setLevel(level)
+    with api.quiet():  # it names every parameter that is not decayed
+        wrapper = build_optim_wrapper(model, settings)
     model.train()
     for _ in range(args.finetune):
-        for batch in loader:
+        for batch in islice(loader, len(loader)):  # an InfiniteSampler has no end
             model.train_step(batch, wrapper)
 
 
 def draw(header, rows, by):
-    """Accuracy against the kept share."""
+    """Accuracy, or what else the test measures, against the kept share."""
     from spvit_mm.utils import new_figure
 
     figure = new_figure(5, 3.6)
     ax = figure.subplots()
     columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-    ax.plot(columns[by], columns['accuracy'], 'o-', label='as it is')
+    x = columns['offsets' if by == 'offsets' else 'mass']
+    ax.plot(x, columns[header[3]], 'o-', label='as it is')
     if 'finetuned' in columns:
-        ax.plot(columns[by], columns['finetuned'], 's--', label='fine-tuned')
+        ax.plot(x, columns['finetuned'], 's--', label='fine-tuned')
         ax.legend()
     what = 'offsets' if by == 'offsets' else 'attention mass'
     ax.set_xlabel(f'share of the {what} that is kept')
-    ax.set_ylabel('accuracy')
+    ax.set_ylabel(header[3])
     ax.grid(alpha=0.3)
     return figure
 
