@@ -181,6 +181,9 @@ def build_trainer(cfg: Config, args: argparse.Namespace) -> Runner:
         UserError: For a mistake in the config, and for data that makes no batch.
     """
     runner = build_runner(cfg)
+    plain = isinstance(runner, Runner)  # FlexibleRunner and others have other parts
+    if plain:
+        _check_starts(unwrap_model(runner.model))
     loop = build_loop(runner, 'train', 'training')
     endless = isinstance(loop.dataloader.sampler, InfiniteSampler)
     if loop.max_iters == 0 or (len(loop.dataloader) == 0 and not endless):
@@ -192,8 +195,7 @@ def build_trainer(cfg: Config, args: argparse.Namespace) -> Runner:
     show_progress(runner, loop)
     if cfg.get('val_cfg') is not None:
         build_loop(runner, 'val', 'validation')
-    if isinstance(runner, Runner):  # others, such as FlexibleRunner, have other parts
-        _check_starts(unwrap_model(runner.model))
+    if plain:
         _build_optimizer(runner)
     _warn_of_start(runner, args)
     return runner

@@ -6,7 +6,7 @@ import zipfile
 import pytest
 import torch
 
-from .test_visualization import CONFIG, checkpoint, run  # noqa: F401
+from .test_visualization import CONFIG, ROOT, checkpoint, run  # noqa: F401
 
 
 class Poison:
@@ -38,6 +38,15 @@ LOADS = {
     'init_cfg': 'train.py {config} --work-dir {folder}/work --cfg-options '
     'model.init_cfg.type=Pretrained model.init_cfg.checkpoint={checkpoint}',
 }
+SEGMENTATION = (
+    ROOT / 'configs/segmentation/spvit-mini_upernet_1xb16-700i_digit-scenes-64x96.py'
+)
+LOADS['to timm'] = (
+    'model_converters/convert.py {checkpoint} {folder}/a.pth --to timm --config {config}'
+)
+COMMANDS['visualization/show_segmentation.py'] = (
+    f'{SEGMENTATION} {{checkpoint}} --out {{folder}}/a.png'
+)
 CASES = {**{name: f'{name} {rest}' for name, rest in COMMANDS.items()}, **LOADS}
 
 
@@ -130,6 +139,9 @@ def test_a_command_says_what_is_no_checkpoint(
 
 
 def command(case, path, tmp_path, images):
+    if 'segmentation' in case:
+        # With mmcv-lite, mmsegmentation itself cannot be imported.
+        pytest.importorskip('mmseg.models')
     words = CASES[case].format(
         config=CONFIG, checkpoint=path, folder=tmp_path / 'out', images=images
     )
