@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Convert a checkpoint of SP-ViT, LV-ViT, DeiT or timm's ViT to ours, with its
-config, or (--to spvit) ours to the names of the released code."""
+"""Convert a checkpoint of SP-ViT, LV-ViT, DeiT or timm's ViT (also DINOv2, MAE, CLIP) to
+ours, with its config; or ours (--to) to the names of the released code or of timm."""
 
-from spvit_mm.apis import ArgumentParser, run_cli
+from pathlib import Path
+
+from spvit_mm.apis import ArgumentParser, load_config, load_trained_model, run_cli
 from spvit_mm.convert import Options, convert_file
 from spvit_mm.convert.convert import CHOICES, SOURCES, TARGETS
 from spvit_mm.utils import UserError
@@ -10,10 +12,34 @@ from spvit_mm.utils import UserError
 
 def parse_args(argv: list):
     parser = ArgumentParser(prog='convert.py', description=__doc__)
-    parser.add_argument('src', help='the checkpoint to read')
-    parser.add_argument('out', help='the .pth to write; its config is OUT with .py')
-    parser.add_argument('--from', dest='source', default='auto', choices=SOURCES)
-    parser.add_argument('--to', dest='target', default='mm', choices=TARGETS)
+    parser.add_argument('src', help='the checkpoint to read: .pth, .safetensors, ...')
+    parser.add_argument(
+        'out',
+        help='the .pth or .safetensors to write; its config is OUT with .py',
+    )
+    parser.add_argument(
+        '--from',
+        dest='source',
+        default='auto',
+        choices=SOURCES,
+        help='the codebase that wrote SRC. Its names are read in one way; the codebase '
+        'decides the normalization and the test crop of the config (default: auto, by '
+        'the names; deit if they lie under `model`, as in its releases, else timm)',
+    )
+    parser.add_argument(
+        '--to',
+        dest='target',
+        default='mm',
+        choices=TARGETS,
+        help='mm: a checkpoint of ours and its config. spvit: SRC is ours, OUT is for '
+        "the authors' code. timm: SRC is ours with priors that change nothing, OUT is "
+        "for timm's VisionTransformer (default: mm)",
+    )
+    parser.add_argument(
+        '--config',
+        help='--to timm: the config of SRC, which says what no weight shows (default: '
+        'SRC with .py)',
+    )
     parser.add_argument(
         '--weights',
         default='auto',
@@ -24,7 +50,7 @@ def parse_args(argv: list):
         '--classifier',
         default='auto',
         choices=CHOICES['classifier'],
-        help='plain leaves out an auxiliary head, auto keeps it',
+        help='plain leaves out an auxiliary head, none all heads; auto keeps them',
     )
     parser.add_argument(
         '--num-spsa-layers', type=int, help='deit, timm: layers to make SP-SA'
@@ -38,12 +64,41 @@ def parse_args(argv: list):
     parser.add_argument('--num-heads', type=int, help='where no weight shows it')
     parser.add_argument('--skip-scale', type=float, help='divisor of the branches')
     parser.add_argument('--norm-eps', type=float, help='eps of the layer norms')
-    parser.add_argument('--img-size', type=int, nargs=2, metavar=('H', 'W'))
-    parser.add_argument('--distilled', default='refuse', choices=CHOICES['distilled'])
     parser.add_argument(
-        '--normalization', choices=CHOICES['normalization'][1:], help='of the config'
+        '--act',
+        default='gelu',
+        choices=CHOICES['act'],
+        help="activation of the FFNs; quick_gelu: of OpenAI's CLIP (default: gelu)",
     )
-    parser.add_argument('--test-crop', type=float, help='of the config')
+    parser.add_argument(
+        '--img-size',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help='height and width of the images that SRC was trained with, in pixels '
+        '(default: of a square grid of patches, by the length of pos_embed)',
+    )
+    parser.add_argument(
+        '--distilled',
+        default='refuse',
+        choices=CHOICES['distilled'],
+        help='what to do about a distilled DeiT, whose second token SPViT has not: '
+        'refuse, or drop that token and its head; the outputs then differ until it is '
+        'trained (default: refuse)',
+    )
+    parser.add_argument(
+        '--normalization',
+        choices=CHOICES['normalization'][1:],
+        help='mean and standard deviation of the images, for the config (default: the '
+        'habit of the source: clip for CLIP, half for timm, imagenet for others and '
+        'for models without a head)',
+    )
+    parser.add_argument(
+        '--test-crop',
+        type=float,
+        help='share of the image that is tested, in (0, 1], for the config (default: '
+        'the habit of the source)',
+    )
     parser.add_argument('--force', action='store_true', help='overwrite OUT')
     return parser.parse_args(argv)
 
@@ -53,11 +108,30 @@ def main(argv: list) -> None:
     files = {
         name: args.pop(name) for name in ('src', 'out', 'source', 'target', 'force')
     }
-    trust = args.pop('trust_checkpoint')
+    trust, config = args.pop('trust_checkpoint'), args.pop('config')
+    if files['target'] == 'timm':
+        files['model'] = load_ours(files['src'], config, args['weights'])
+    elif config is not None:
+        raise UserError('--config is for --to timm alone.')
     try:
         convert_file(**files, options=Options(**args), trust=trust)
     except OSError as error:
         raise UserError(str(error)) from error
+
+
+def load_ours(src: str, config, weights: str):
+    """The model of a checkpoint of ours."""
+    config = config or str(Path(src).with_suffix('.py'))
+    if not Path(config).is_file():
+        raise UserError(
+            f'--to timm needs the config of SRC, and {config} does not exist: name it '
+            'with --config. No weight shows how a prior is used, which layers are '
+            'scaled, or where the class token joins.'
+        )
+    model, loaded = load_trained_model(load_config(config), src)
+    if weights == 'plain' and 'ema_state_dict' in loaded:
+        raise UserError('--to timm converts the EMA weights; --weights plain does not.')
+    return model
 
 
 if __name__ == '__main__':
