@@ -316,7 +316,8 @@ def safe_loader(trust=False):
         if not trust and isinstance(meta, dict):
             # A config of before mmengine, which would run it when it resumes.
             meta.pop('config', None)
-        return content
+        # mmengine's EMAHook knows no bare one, as of safetensors.
+        return content if 'state_dict' in content else dict(state_dict=content)
 
     def load_from_http(filename, map_location=None):
         return load_from_local(_download(filename))

@@ -16,7 +16,7 @@ from mmengine.utils import ManagerMixin
 from mmpretrain.registry import MODELS
 
 from spvit_mm.apis import find_resume_checkpoint, run_cli
-from spvit_mm.utils import UserError
+from spvit_mm.utils import UserError, write_checkpoint
 from tests.test_engine.tiny import make_data, make_images, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -237,10 +237,9 @@ def test_a_start_that_loads_next_to_nothing(trained, tmp_path, capsys):
         more = ('--work-dir', tmp_path / 'w', '--cfg-options', *options)
         assert words in fails(capsys, 'train.py', config, *more)
     assert not list((tmp_path / 'w').glob('*.pth'))
-    for where, *prefix in ((here,), (inside, f'{inside}.prefix=backbone.')):
-        options = [f'{where}.type=Pretrained', f'{where}.checkpoint={good}', *prefix]
-        more = ('--work-dir', tmp_path / 'w', '--cfg-options', *options)
-        command('train.py', config, *more)
+    options = [f'{inside}.type=Pretrained', f'{inside}.checkpoint={good}']
+    more = ('--work-dir', tmp_path / 'w', '--cfg-options', *options)
+    command('train.py', config, *more, f'{inside}.prefix=backbone.')
 
 
 def test_resuming_without_the_optimizer_is_said(trained, tmp_path, capsys):
@@ -254,6 +253,26 @@ def test_resuming_without_the_optimizer_is_said(trained, tmp_path, capsys):
     assert 'no state of the optimizer' in capsys.readouterr().out
     torch.save(dict(state_dict=content['state_dict']), tmp_path / 'weights.pth')
     line = fails(capsys, *arguments, tmp_path / 'weights.pth', *longer)
+    assert 'cannot be resumed from this checkpoint' in line
+
+
+def test_safetensors_as_checkpoint_and_start(trained, tmp_path, capsys):
+    config, work_dir = trained
+    good, path = work_dir / 'epoch_1.pth', tmp_path / 'model.safetensors'
+    write_checkpoint(torch.load(good, weights_only=False), path)
+    results = []
+    for checkpoint in (good, path):
+        out = tmp_path / f'{checkpoint.stem}.json'
+        more = ('--out', out, '--out-item', 'metrics', '--work-dir', tmp_path)
+        command('test.py', config, checkpoint, *more)
+        results.append(out.read_text())
+    assert results[0] == results[1]
+    # EMAHook takes the weights from the checkpoint, too.
+    ema = tmp_path / 'ema.py'
+    ema.write_text(f"{config.read_text()}\ncustom_hooks = [dict(type='EMAHook')]\n")
+    more = (ema, '--work-dir', tmp_path / 'w', '--no-validate')
+    command('train.py', *more, '--cfg-options', f'load_from={path}')
+    line = fails(capsys, 'train.py', *more, '--resume', path)
     assert 'cannot be resumed from this checkpoint' in line
 
 
