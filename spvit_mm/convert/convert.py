@@ -260,6 +260,8 @@ def convert_to_timm(model):
         "timm makes the model by timm.create_model('vit_base_patch16_224', "
         f'{given}, norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps})).',
     ]
+    if not arguments['num_classes']:
+        notes.append('It is the backbone alone.')
     return Conversion(state, 'mm', notes, arguments)
 
 

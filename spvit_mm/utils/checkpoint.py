@@ -220,37 +220,34 @@ def check_weights(content, path):
         content (object): What :func:`read_checkpoint` returned.
         path (str | Path): Where it is from, for the message.
     """
-    state, what = content, 'it'
+    state, what, hint = content, 'it', ''
     if isinstance(content, dict) and 'state_dict' in content:
         state, what = content['state_dict'], 'its `state_dict`'
-    wrong = f'{what} is a {type(state).__name__}'
-    if isinstance(state, dict):
-        odd = [
-            (name, value)
-            for name, value in state.items()
-            # What a module of one's own saves beside its tensors can be anything.
-            if not isinstance(name, str)
-            or not (isinstance(value, torch.Tensor) or name.endswith('_extra_state'))
-        ]
-        if state and not odd:
+    if not isinstance(state, dict):
+        wrong = f'is a {type(state).__name__}'
+    elif not state:
+        wrong = 'is empty'
+    else:
+        odd = [name for name, value in state.items() if not _is_weight(name, value)]
+        if not odd:
             return
-        wrong = f'{what} is empty'
-        if odd:
-            name, value = odd[0]
-            wrong = f'{what} holds, as {name!r}, a {type(value).__name__}'
-    inside = [
-        str(key)
-        for key in (state if isinstance(state, dict) else ())
-        if isinstance(state[key], dict)
-    ]
-    hint = (
-        f' Weights that lie under `{"`, `".join(inside[:5])}` are those of another '
-        'codebase: see tools/model_converters/convert.py.'
-    )
+        wrong = f'holds, as {odd[0]!r}, a {type(state[odd[0]]).__name__}'
+        if any(isinstance(state[name], dict) for name in odd):
+            hint = (
+                ' Files of other codebases, which have their weights elsewhere, are '
+                'converted by tools/model_converters/convert.py.'
+            )
     raise CheckpointError(
         f'`{path}` holds no weights that a model of OpenMMLab can load: looked for was '
-        f'a dict of tensors by name, alone or under `state_dict`, but {wrong}.'
-        + (hint if inside else '')
+        f'a dict of tensors by name, alone or under `state_dict`, but {what} {wrong}.'
+        + hint
+    )
+
+
+def _is_weight(name, value):
+    # What a module of one's own saves beside its tensors can be anything.
+    return isinstance(name, str) and (
+        isinstance(value, torch.Tensor) or name.endswith('_extra_state')
     )
 
 

@@ -13,7 +13,7 @@ from mmengine.registry import init_default_scope
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.registry import MODELS
 
-from spvit_mm.apis import run_cli
+from spvit_mm.apis import load_config, load_trained_model, run_cli
 from spvit_mm.convert import (
     Options,
     convert_file,
@@ -603,7 +603,7 @@ def ours(classes=7, **kwargs):
 
 def timm_of(result):
     timm = pytest.importorskip('timm')
-    call = result.notes[-1].split('by ', 1)[1].rstrip('.')
+    call = result.notes[1].split('by ', 1)[1].rstrip('.')
     return eval(call, dict(timm=timm, functools=functools, torch=torch))
 
 
@@ -645,6 +645,7 @@ def test_to_timm_equals_what_ours_computes(name, deployed):
     if deployed:
         model.backbone.switch_to_deploy()
     result = convert_to_timm(model)
+    assert ('backbone alone' in result.notes[-1]) == (name == 'no head')
     made = timm_of(result).eval()
     made.load_state_dict(result.state_dict, strict=True)
     with torch.no_grad():
@@ -854,8 +855,16 @@ def test_command_line_to_timm_by_safetensors(tmp_path):
         tool()(arguments)
     tool()([*arguments, '--config', str(tmp_path / 'other.py')])
     assert_same(read_checkpoint(tmp_path / 'b.pth')['state_dict'], state)
-    with pytest.raises(UserError, match='--config is for --to timm alone'):
+    with pytest.raises(UserError, match='are for --to timm alone'):
         tool()([str(src), str(tmp_path / 'c.pth'), '--config', 'x.py'])
+    # Folded priors need deploy=True, as everywhere.
+    model, _ = load_trained_model(load_config(str(tmp_path / 'other.py')), str(middle))
+    model.backbone.switch_to_deploy()
+    write_checkpoint(dict(state_dict=model.state_dict()), tmp_path / 'folded.pth')
+    folded = [str(tmp_path / 'folded.pth'), str(tmp_path / 'd.pth'), *arguments[2:]]
+    folded += ['--config', str(tmp_path / 'other.py'), '--cfg-options']
+    tool()([*folded, 'model.backbone.deploy=True'])
+    assert_same(read_checkpoint(tmp_path / 'd.pth')['state_dict'], state)
     # Weights alone of another model are told by their names.
     with pytest.raises(UserError, match='is not a checkpoint of this model'):
         tool()([str(src), str(tmp_path / 'c.pth'), '--to', 'timm', '--config',

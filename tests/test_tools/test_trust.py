@@ -104,7 +104,7 @@ SPOILED = {
     'string': 'its `state_dict` is a str',
     'floats': "as 'backbone.cls_token', a float",
     'nothing': 'its `state_dict` is empty',
-    'model': 'lie under `model` are those of another codebase',
+    'model': 'Files of other codebases',
     'other zip': 'is a zip archive, but not one of torch.save',
     'truncated': 'damaged or was only partly downloaded',
 }

@@ -3,8 +3,18 @@
 ours, with its config; or ours (--to) to the names of the released code or of timm."""
 
 from pathlib import Path
+from typing import Optional
 
-from spvit_mm.apis import ArgumentParser, load_config, load_trained_model, run_cli
+from mmengine.config import Config
+from torch import nn
+
+from spvit_mm.apis import (
+    ArgumentParser,
+    add_cfg_options,
+    load_config,
+    load_trained_model,
+    run_cli,
+)
 from spvit_mm.convert import Options, convert_file
 from spvit_mm.convert.convert import CHOICES, SOURCES, TARGETS
 from spvit_mm.utils import UserError
@@ -40,6 +50,7 @@ def parse_args(argv: list):
         help='--to timm: the config of SRC, which says what no weight shows (default: '
         'SRC with .py)',
     )
+    add_cfg_options(parser)
     parser.add_argument(
         '--weights',
         default='auto',
@@ -108,19 +119,21 @@ def main(argv: list) -> None:
     files = {
         name: args.pop(name) for name in ('src', 'out', 'source', 'target', 'force')
     }
-    trust, config = args.pop('trust_checkpoint'), args.pop('config')
+    trust = args.pop('trust_checkpoint')
+    config, cfg_options = args.pop('config'), args.pop('cfg_options')
     if files['target'] == 'timm':
-        files['model'] = load_ours(files['src'], config, args['weights'])
-    elif config is not None:
-        raise UserError('--config is for --to timm alone.')
+        config = load_config(find_config(config, files['src']), cfg_options)
+        files['model'] = load_ours(config, files['src'], args['weights'])
+    elif config or cfg_options:
+        raise UserError('--config and --cfg-options are for --to timm alone.')
     try:
         convert_file(**files, options=Options(**args), trust=trust)
     except OSError as error:
         raise UserError(str(error)) from error
 
 
-def load_ours(src: str, config, weights: str):
-    """The model of a checkpoint of ours."""
+def find_config(config: Optional[str], src: str) -> str:
+    """The config of a checkpoint of ours: the one that is named, or beside it."""
     config = config or str(Path(src).with_suffix('.py'))
     if not Path(config).is_file():
         raise UserError(
@@ -128,7 +141,12 @@ def load_ours(src: str, config, weights: str):
             'with --config. No weight shows how a prior is used, which layers are '
             'scaled, or where the class token joins.'
         )
-    model, loaded = load_trained_model(load_config(config), src)
+    return config
+
+
+def load_ours(cfg: Config, src: str, weights: str) -> nn.Module:
+    """The model of a checkpoint of ours."""
+    model, loaded = load_trained_model(cfg, src)
     if weights == 'plain' and 'ema_state_dict' in loaded:
         raise UserError('--to timm converts the EMA weights; --weights plain does not.')
     return model
