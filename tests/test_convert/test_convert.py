@@ -634,7 +634,7 @@ NEUTRAL = {
 
 @pytest.mark.parametrize('deployed', [False, True])
 @pytest.mark.parametrize('name', NEUTRAL)
-def test_to_timm_equals_what_ours_computes(name, deployed):
+def test_to_timm_equals_what_ours_computes(name, deployed, tmp_path):
     model = ours(**NEUTRAL[name])
     images = torch.randn(2, 3, *model.backbone.img_size)
     with torch.no_grad():
@@ -648,6 +648,11 @@ def test_to_timm_equals_what_ours_computes(name, deployed):
     assert ('backbone alone' in result.notes[-1]) == (name == 'no head')
     made = timm_of(result).eval()
     made.load_state_dict(result.state_dict, strict=True)
+    for suffix in ('.pth', '.safetensors'):
+        path = tmp_path / f'a{suffix}'
+        write_checkpoint(dict(state_dict=result.state_dict), path)
+        load = importlib.import_module('timm.models').load_checkpoint
+        load(made, str(path), strict=True)
     with torch.no_grad():
         torch.testing.assert_close(made(images), want, rtol=1e-5, atol=1e-5)
 
