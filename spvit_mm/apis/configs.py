@@ -11,7 +11,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from spvit_mm_cli import checkpoint_problem
 
 from ..engine.hooks.load_report import reporting_loads
-from ..utils import UserError, check_checkpoint_file, describe_error
+from ..utils import UserError, check_checkpoint_file, describe_error, safe_loader
 from .cli import building
 
 
@@ -101,6 +101,9 @@ def check_checkpoint(path: str) -> None:
 def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, dict]:
     """Build the model of a config and load a checkpoint that must fit it wholly.
 
+    The checkpoint is opened by :func:`~spvit_mm.utils.safe_loader`, from plain Python,
+    too.
+
     Args:
         cfg (Config): The config.
         checkpoint (str): Path or address of the checkpoint.
@@ -114,7 +117,8 @@ def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, d
     """
     check_checkpoint(checkpoint)
     model = build_model(cfg)
-    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+    with safe_loader(trust=None):
+        loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
     state_dict = loaded.get('state_dict', loaded)
     state_dict = {name.removeprefix('module.'): v for name, v in state_dict.items()}
 

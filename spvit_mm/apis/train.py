@@ -8,10 +8,12 @@ from typing import Optional
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmengine.device import get_device
-from mmengine.runner import Runner
+from mmengine.model.weight_init import PretrainedInit
+from mmengine.runner import CheckpointLoader, Runner
+from torch import nn
 
 from ..engine.hooks import DataCheckHook, LoadReportHook
-from ..utils import UserError
+from ..utils import UserError, unwrap_model
 from .cli import building
 from .configs import check_checkpoint
 from .runner import (
@@ -143,6 +145,9 @@ def build_trainer(cfg: Config, args: argparse.Namespace) -> Runner:
         UserError: For a mistake in the config, and for data that makes no batch.
     """
     runner = build_runner(cfg)
+    plain = isinstance(runner, Runner)  # FlexibleRunner and others have other parts
+    if plain:
+        _check_starts(unwrap_model(runner.model))
     loop = build_loop(runner, 'train', 'training')
     endless = isinstance(loop.dataloader.sampler, InfiniteSampler)
     if loop.max_iters == 0 or (len(loop.dataloader) == 0 and not endless):
@@ -154,10 +159,47 @@ def build_trainer(cfg: Config, args: argparse.Namespace) -> Runner:
     show_progress(runner, loop)
     if cfg.get('val_cfg') is not None:
         build_loop(runner, 'val', 'validation')
-    if isinstance(runner, Runner):  # others, such as FlexibleRunner, have other parts
+    if plain:
         _build_optimizer(runner)
     _warn_of_start(runner, args)
     return runner
+
+
+def _check_starts(model: nn.Module) -> None:
+    """Raise a UserError where an ``init_cfg`` loads next to nothing, or cannot load.
+
+    mmengine asserts where no name has the prefix, and else warns with a list of names.
+    """
+    for where, module in model.named_modules():
+        init_cfgs = getattr(module, 'init_cfg', None) or []
+        for init_cfg in [init_cfgs] if isinstance(init_cfgs, dict) else init_cfgs:
+            if init_cfg['type'] not in ('Pretrained', PretrainedInit):
+                continue
+            path, prefix = init_cfg['checkpoint'], init_cfg.get('prefix')
+            check_checkpoint(path)
+            loaded = CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
+            names = loaded.get('state_dict', loaded)
+            start = 'module.' if prefix is None else prefix.rstrip('.') + '.'
+            found = {
+                name.removeprefix(start)
+                for name in names
+                if prefix is None or name.startswith(start)
+            }
+            own = set(module.state_dict())
+            if 10 * len(own & found) < len(own):
+                raise UserError(
+                    f'The init_cfg of {where or "the model"} would load '
+                    f'{len(own & found)} of its {len(own)} parameters and buffers: '
+                    f'it looks for names such as {_some(own, prefix)}, and {path} has '
+                    f'{_some(names)}. Choose a part of the file with `prefix` (as '
+                    "prefix='backbone' for the backbone of a classifier), and convert "
+                    'one of another codebase with tools/model_converters/convert.py.'
+                )
+
+
+def _some(names, prefix: Optional[str] = None) -> str:
+    start = '' if prefix is None else prefix.rstrip('.') + '.'
+    return ', '.join(start + name for name in sorted(names)[:: len(names) // 4 + 1])
 
 
 def _build_optimizer(runner: Runner) -> None:

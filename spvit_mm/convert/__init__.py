@@ -6,6 +6,7 @@ from .convert import (
     convert_file,
     convert_to_mm,
     convert_to_released,
+    convert_to_timm,
 )
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     'convert_file',
     'convert_to_mm',
     'convert_to_released',
+    'convert_to_timm',
 ]

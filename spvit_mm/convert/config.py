@@ -20,11 +20,20 @@ DROP_PATH = {'spvit-small': 0.1, 'spvit-medium': 0.2, 'spvit-large': 0.3}
 NORMALIZATIONS = {
     'imagenet': ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
     'half': ([127.5] * 3, [127.5] * 3),
+    'clip': ([122.771, 116.746, 104.094], [68.501, 66.632, 70.323]),
 }
 
 
 def model_cfg(backbone, head):
-    """The config of a classifier; a published arch goes by its name."""
+    """The config of a classifier; a published arch goes by its name.
+
+    One without a head (None) gets that of ImageNet's classes, to be trained.
+    """
+    if head is None:
+        width = backbone['arch']['embed_dims']
+        head = dict(
+            type='VisionTransformerClsHead', num_classes=1000, in_channels=width
+        )
     cfg, name = dict(type='SPViT', **backbone), find_arch(backbone)
     if name and SPViT.arch_zoo[name]['num_heads'] == backbone['arch']['num_heads']:
         cfg.update(arch=name, drop_path_rate=DROP_PATH.get(name, 0.0))

@@ -10,20 +10,29 @@ import torch
 from mmengine.logging import MMLogger
 
 from ..models import SPViT
-from ..utils import CheckpointError, check_new_file, read_checkpoint, whole_file
+from ..utils import (
+    CheckpointError,
+    check_new_file,
+    read_checkpoint,
+    whole_file,
+    write_checkpoint,
+)
 from ..version import __version__
 from . import names
 from .config import NORMALIZATIONS, config_text, model_cfg
 from .released import to_released
 from .state import pick_state_dict, to_ours
 from .structure import build, check_state, find_arch, infer_structure
+from .to_timm import to_timm
 
 SOURCES = ('auto', 'spvit', 'lvvit', 'deit', 'timm')
-TARGETS = ('mm', 'spvit')
+TARGETS = ('mm', 'spvit', 'timm')
+SUFFIXES = ('.pth', '.safetensors')
 CHOICES = dict(
     weights=('auto', 'ema', 'plain'),
-    classifier=('auto', 'tokenlabel', 'plain'),
+    classifier=('auto', 'tokenlabel', 'plain', 'none'),
     distilled=('refuse', 'drop'),
+    act=('gelu', 'quick_gelu'),
     normalization=(None, *NORMALIZATIONS),
 )
 
@@ -42,7 +51,8 @@ class Options:
     skip_scale: Optional[float] = None
     norm_eps: Optional[float] = None
     img_size: Optional[tuple] = None  # (h, w), for a grid that is not square
-    classifier: str = 'auto'  # 'plain' leaves an auxiliary head out
+    act: str = 'gelu'  # 'quick_gelu' in OpenAI's CLIP
+    classifier: str = 'auto'  # 'plain' leaves an auxiliary head out, 'none' all heads
     distilled: str = 'refuse'  # or 'drop' its second token
     normalization: Optional[str] = None  # of the config
     test_crop: Optional[float] = None  # of the config
@@ -64,8 +74,8 @@ class Conversion:
     source: str
     # What was inferred, assumed or changed.
     notes: list
-    # For the config; with `--to spvit` there is none.
-    model: Optional[dict] = None
+    # For the config; with another target there is none.
+    model: Optional[dict] = None  # of timm with `--to timm`
     normalization: str = 'imagenet'
     test_crop: float = 1.0
 
@@ -76,21 +86,31 @@ def _check_choice(name, value, accepted):
 
 
 def convert_file(
-    src, out, source='auto', target='mm', options=None, force=False, trust=False
+    src,
+    out,
+    source='auto',
+    target='mm',
+    options=None,
+    force=False,
+    trust=False,
+    model=None,
 ):
     """Convert a checkpoint file, and write the config beside it.
 
     Args:
         src (str | Path): The file to read.
-        out (str | Path): The checkpoint to write, ending in ``.pth``; its
-            config gets the same name with ``.py``.
+        out (str | Path): The checkpoint to write, ending in ``.pth`` or
+            ``.safetensors``; its config gets the same name with ``.py``.
         source (str): 'spvit', 'lvvit', 'deit', 'timm' or 'auto'.
             Defaults to 'auto'.
         target (str): 'mm': ours. 'spvit': from ours to the names of the
-            released code, without a config. Defaults to 'mm'.
+            released code, without a config. 'timm': from ours to the names of timm's
+            VisionTransformer, likewise. Defaults to 'mm'.
         options (Options, optional): What the weights do not say.
         force (bool): Overwrite what exists. Defaults to False.
         trust (bool): See :func:`~spvit_mm.utils.read_checkpoint`. Defaults to False.
+        model (nn.Module, optional): For 'timm', the model with the weights of ``src``:
+            these alone do not say whether timm's computes the same.
 
     Returns:
         Conversion: What was written.
@@ -101,17 +121,18 @@ def convert_file(
             written then.
     """
     _check_choice('target', target, TARGETS)
-    src, out = Path(src).expanduser(), Path(check_new_file(str(out), ('.pth',), force))
+    src, out = Path(src).expanduser(), Path(check_new_file(str(out), SUFFIXES, force))
     if out.exists() and src.exists() and out.samefile(src):
         raise CheckpointError(f'`out` is the source itself, `{src}`.')
     if target == 'mm':
         check_new_file(str(out.with_suffix('.py')), ('.py',), force)
 
-    content = read_checkpoint(src, trust)
-    if target == 'spvit':
-        result = convert_to_released(content, options)
+    if target == 'timm':
+        result = convert_to_timm(model)
+    elif target == 'spvit':
+        result = convert_to_released(read_checkpoint(src, trust), options)
     else:
-        result = convert_to_mm(content, source, options)
+        result = convert_to_mm(read_checkpoint(src, trust), source, options)
     logger = MMLogger.get_current_instance()
     for note in result.notes:
         logger.info(note)
@@ -127,7 +148,7 @@ def convert_file(
             text = config_text(src.name, out.name, result)
             config = stack.enter_context(whole_file(str(out.with_suffix('.py'))))
             Path(config).write_text(text, encoding='utf-8')
-        torch.save(checkpoint, stack.enter_context(whole_file(str(out))))
+        write_checkpoint(checkpoint, out)
     logger.info(f'Wrote {out}' + (' and its config.' if target == 'mm' else '.'))
     return result
 
@@ -151,12 +172,15 @@ def convert_to_mm(content, source='auto', options=None):
     source = _resolve_source(source, state, content)
     notes = [f'Weights: `{entry}`, as {source} (`--from`).']
     state = _without_distillation(state, options, notes)
+    state = _without_pretraining(state, options, notes)
     # DeiT III's names of its layer scales -> timm's.
     state = {re.sub(r'\bgamma_([12])$', r'ls\1.gamma', k): v for k, v in state.items()}
     backbone, head, pos_extra = infer_structure(state, options.img_size)
     # What is asked for must be what the weights are.
     is_vit = source in ('deit', 'timm')
     if options.classifier == 'tokenlabel':
+        if head is None:
+            raise CheckpointError('`--classifier tokenlabel`: the file has no head.')
         head['type'] = 'TokenLabelClsHead'
     if options.num_heads is not None:
         backbone['arch']['num_heads'] = options.num_heads
@@ -164,14 +188,21 @@ def convert_to_mm(content, source='auto', options=None):
         backbone['num_spsa_layers'] = options.num_spsa_layers
     check_state(state, backbone, head, pos_extra)
     ours = to_ours(state, names.ALL)
-    if options.classifier == 'plain' and head['type'] == 'TokenLabelClsHead':
+    if head is None:
+        notes.append(
+            'It has no head, so this is the backbone alone, a start of training: the '
+            'config has a new head for the 1000 classes of ImageNet-1k.'
+        )
+    elif options.classifier == 'plain' and head['type'] == 'TokenLabelClsHead':
         head['type'] = 'VisionTransformerClsHead'
         ours = {k: v for k, v in ours.items() if not k.startswith('head.aux_head.')}
         notes.append(
             'Left out, as asked: the auxiliary head. The source adds half of its maximum '
             'to the logits; these are the class token alone.'
         )
-    _say_what_no_weight_shows(backbone, options, 1e-6 if is_vit else 1e-5, notes)
+    is_clip = backbone['pre_norm']
+    eps = 1e-6 if is_vit and not is_clip else 1e-5
+    _say_what_no_weight_shows(backbone, options, eps, notes)
     if is_vit:
         _make_spsa(backbone, options, notes)
     _place_cls_token(backbone, pos_extra, source, content, options, notes)
@@ -187,13 +218,12 @@ def convert_to_mm(content, source='auto', options=None):
     number = sum(param.numel() for param in model.parameters())
     notes.append(f'The model has {number:,} parameters, in float32.')
 
-    normalization = options.normalization or (
-        'half' if source == 'timm' else 'imagenet'
-    )
+    habit = 'half' if source == 'timm' and head is not None else 'imagenet'
+    normalization = options.normalization or ('clip' if is_clip else habit)
     crop = options.test_crop or _test_crop(source, backbone)
     notes.append(
         f"The config tests with crop {crop} and normalization '{normalization}', as is "
-        f'the habit of {source}; no weight shows either (`--test-crop`, '
+        'the habit of such models; no weight shows either (`--test-crop`, '
         '`--normalization`).'
     )
     cfg = model_cfg(backbone, head)
@@ -209,6 +239,30 @@ def convert_to_released(content, options=None):
     state, entry = pick_state_dict(content, (options or Options()).weights)
     out, notes = to_released(state)
     return Conversion(out, 'mm', [f'Weights: `{entry}`.', *notes])
+
+
+def convert_to_timm(model):
+    """Convert a model of ours with neutral priors, or none, to timm's names.
+
+    Args:
+        model (nn.Module): See :func:`~spvit_mm.convert.to_timm.to_timm`.
+
+    Returns:
+        Conversion: Its ``model`` are the arguments of timm's VisionTransformer.
+
+    Raises:
+        CheckpointError: With everything in which timm's computes something else.
+    """
+    state, arguments, eps = to_timm(model)
+    given = ', '.join(f'{name}={value!r}' for name, value in arguments.items())
+    notes = [
+        'Its priors change nothing on the grid of the training, so they are left out.',
+        "timm makes the model by timm.create_model('vit_base_patch16_224', "
+        f'{given}, norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps})).',
+    ]
+    if not arguments['num_classes']:
+        notes.append('It is the backbone alone.')
+    return Conversion(state, 'mm', notes, arguments)
 
 
 def _resolve_source(source, state, content):
@@ -261,6 +315,28 @@ def _without_distillation(state, options, notes):
     return state
 
 
+def _without_pretraining(state, options, notes):
+    """Leave out what only the pretraining used: mask token, MAE's decoder, the heads."""
+    for name in ('reg_token', 'register_tokens'):
+        if name in state:
+            raise CheckpointError(
+                f'This model has register tokens (`{name}`), to which all layers attend, '
+                'and SPViT has the class token alone: without them it computes something '
+                'else. Take the model of that name without registers (dinov2_vits14 '
+                'for dinov2_vits14_reg).'
+            )
+    unused = ('mask_token', 'decoder_')
+    if options.classifier == 'none':
+        unused += ('head.', 'aux_head.', 'pre_logits.')
+    dropped = [key for key in state if key.startswith(unused)]
+    if dropped:
+        notes.append(
+            f'Left out, as the backbone has no use for it: {", ".join(dropped[:5])}'
+            + (f' and {len(dropped) - 5} more.' if len(dropped) > 5 else '.')
+        )
+    return {key: value for key, value in state.items() if key not in dropped}
+
+
 def _say_what_no_weight_shows(backbone, options, eps, notes):
     """Put heads, skip scale and eps into the arguments of an SPViT."""
     arch, with_stem = backbone['arch'], backbone['stem'] != 'patch'
@@ -280,10 +356,19 @@ def _say_what_no_weight_shows(backbone, options, eps, notes):
     eps = options.norm_eps or eps
     arch['num_heads'] = num_heads
     backbone.update(skip_scale=skip_scale, norm_cfg=dict(type='LN', eps=eps))
+    if options.act == 'quick_gelu':
+        act_cfg = dict(type='mmpretrain.QuickGELU')
+        backbone['layer_cfgs'] = dict(act_cfg=act_cfg)
     notes.append(
         f'{num_heads} heads, skip scale {skip_scale}, eps {eps}: what no weight shows is '
         'that of the published models (`--num-heads`, `--skip-scale`, `--norm-eps`).'
     )
+    if backbone['pre_norm']:
+        notes.append(
+            f'A norm before the layers, as in CLIP. The activation is {options.act}: no '
+            "weight shows it. OpenAI's own weights want `--act quick_gelu`, those of "
+            'OpenCLIP mostly gelu.'
+        )
 
 
 def _make_spsa(backbone, options, notes):

@@ -39,6 +39,7 @@ ALL = {
     **RELEASED,
     'blocks.{i}.ls1.gamma': 'backbone.layers.{i}.attn.gamma1.weight',
     'blocks.{i}.ls2.gamma': 'backbone.layers.{i}.ffn.gamma2.weight',
+    'norm_pre': 'backbone.pre_norm',
     'pre_logits.fc': 'head.layers.pre_logits',
 }
 

@@ -22,9 +22,10 @@ def infer_structure(state, img_size=None):
     Only some keys decide; :func:`check_state` compares them all.
 
     Returns:
-        Tuple[dict, dict, int]: The arguments of its SPViT (the class token first, and
-        ``num_heads`` None where no prior shows it), the config of its head, and how
-        many entries of the position embedding belong to no patch.
+        Tuple[dict, Optional[dict], int]: The arguments of its SPViT (the class token
+        first, and ``num_heads`` None where no prior shows it), the config of its head,
+        None where it has none, and how many entries of the position embedding belong
+        to no patch.
     """
 
     def shape(key, ndim):
@@ -55,12 +56,13 @@ def infer_structure(state, img_size=None):
         (num_heads,) = shape('blocks.0.attn.b2', 1)
         units, _ = shape('blocks.0.attn.w2', 2)
         prior = dict(type='MLPSpatialPrior', hidden_dims=units // num_heads)
-    has_aux_head = 'aux_head.weight' in state
-    head = dict(
-        type='TokenLabelClsHead' if has_aux_head else 'VisionTransformerClsHead',
-        num_classes=shape('head.weight', 2)[0],
-        in_channels=width,
-    )
+    has_aux_head, head = 'aux_head.weight' in state, None
+    if any(key.startswith(('head.', 'aux_head.', 'pre_logits.')) for key in state):
+        head = dict(
+            type='TokenLabelClsHead' if has_aux_head else 'VisionTransformerClsHead',
+            num_classes=shape('head.weight', 2)[0],
+            in_channels=width,
+        )
     if 'pre_logits.fc.weight' in state:
         head['hidden_dim'] = shape('pre_logits.fc.weight', 2)[0]
     backbone = dict(
@@ -80,6 +82,7 @@ def infer_structure(state, img_size=None):
         with_peg=any('.pos_block.' in name for name in leaves),
         qkv_bias='blocks.{i}.attn.qkv.bias' in leaves,
         layer_scale_init_value=1e-5 if 'blocks.{i}.ls1.gamma' in leaves else 0.0,
+        pre_norm='norm_pre.weight' in state,
     )
     return backbone, head, int(length > num_patches)
 
@@ -113,8 +116,10 @@ def build(backbone, head, device='cpu'):
     """Build a model; on the meta device it has names and shapes alone."""
     try:
         with torch.device(device):
-            head = MODELS.build(dict(head, _scope_='mmpretrain'))
-            return nn.ModuleDict(dict(backbone=SPViT(**backbone), head=head))
+            parts = dict(backbone=SPViT(**backbone))
+            if head is not None:
+                parts['head'] = MODELS.build(dict(head, _scope_='mmpretrain'))
+            return nn.ModuleDict(parts)
     except ValueError as error:
         raise CheckpointError(f'This makes no SP-ViT: {error}') from error
 

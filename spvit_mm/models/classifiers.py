@@ -6,6 +6,7 @@ from mmpretrain.models.classifiers import ImageClassifier
 from mmpretrain.models.utils.batch_augments import CutMix
 from mmpretrain.registry import MODELS
 
+from ..utils import safe_loader
 from .heads import TokenLabelClsHead, swap_tokens
 
 
@@ -92,6 +93,11 @@ class TokenLabelClassifier(ImageClassifier):
             # a parameter without a gradient, over which DDP would stumble.
             for param in self.backbone.layers[-1].peg.parameters():
                 param.requires_grad = False
+
+    def init_weights(self):
+        """Initialize; a pretrained file is opened by ``spvit_mm.utils.safe_loader``."""
+        with safe_loader(trust=None):
+            super().init_weights()
 
     def loss(self, inputs, data_samples):
         """Losses of a batch of images (B, 3, h, w)."""

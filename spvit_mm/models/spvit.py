@@ -14,7 +14,7 @@ from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
 from mmpretrain.registry import MODELS
 from torch.utils.checkpoint import checkpoint
 
-from ..utils import CheckpointError
+from ..utils import CheckpointError, safe_loader
 from .attention import SpatialPriorAttention, build_prior, evaluate_priors
 from .builder import resolve_type
 from .checks import check_choice, check_heads, check_int, check_sides, is_int
@@ -453,7 +453,9 @@ class SPViT(VisionTransformer):
                 self.layers[i].attn.set_depth(i, self.num_layers)
 
     def init_weights(self):
-        super().init_weights()
+        """Initialize; a pretrained file is opened by ``spvit_mm.utils.safe_loader``."""
+        with safe_loader(trust=None):
+            super().init_weights()
         cfg = self.init_cfg
         pretrained = isinstance(cfg, dict) and cfg['type'] == 'Pretrained'
         released = self.arch_settings['start'] == 'released'

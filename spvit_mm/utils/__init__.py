@@ -1,6 +1,11 @@
 """What every other part may use: errors, files, checkpoints, figures, the ModelHub."""
 
-from .checkpoint import check_checkpoint_file, read_checkpoint, safe_loader
+from .checkpoint import (
+    check_checkpoint_file,
+    read_checkpoint,
+    safe_loader,
+    write_checkpoint,
+)
 from .errors import (
     CheckpointError,
     CorruptImageError,
@@ -29,4 +34,5 @@ __all__ = [
     'safe_loader',
     'unwrap_model',
     'whole_file',
+    'write_checkpoint',
 ]

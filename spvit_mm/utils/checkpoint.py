@@ -16,11 +16,19 @@ import threading
 import zipfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
 
 from .errors import CheckpointError, UnsafeCheckpointError
+from .files import whole_file
+
+try:  # a small library, but an environment of before may lack it
+    import safetensors
+    import safetensors.torch
+except ImportError:
+    safetensors = None
 
 ZIP_MAGIC = b'PK\x03\x04'
 # How files of PyTorch before 1.6 start: a pickled number.
@@ -146,6 +154,8 @@ def _allow_stand_ins():
 def read_checkpoint(path, trust=False, plain=False):
     """Read what torch.save wrote, to the CPU, without running code of the file.
 
+    A safetensors file is read as well, by its library: it is a dict of tensors.
+
     Beside tensors and plain containers a file may hold what timm and mmengine store:
     argparse.Namespace, numpy's numbers and arrays of numbers, and HistoryBuffer. That
     takes PyTorch 2.4; an older one refuses a file that holds any of them. The guard is
@@ -153,7 +163,8 @@ def read_checkpoint(path, trust=False, plain=False):
     before 2.10 have known holes.
 
     Args:
-        path (str | Path): The file, of the zip format or the one before it.
+        path (str | Path): The file: of the zip format, the one before it, or
+            safetensors.
         trust (bool): Open it with pickle, which runs whatever the file says.
             Defaults to False.
         plain (bool): Take tensors and plain containers alone, as a label map is;
@@ -170,6 +181,8 @@ def read_checkpoint(path, trust=False, plain=False):
     """
     path = Path(path).expanduser()
     check_checkpoint_file(path)
+    if _is_safetensors(path):
+        return _read_safetensors(path)
     try:
         if trust:
             return torch.load(path, map_location='cpu', weights_only=False)
@@ -183,31 +196,153 @@ def read_checkpoint(path, trust=False, plain=False):
         raise _damage(path, error) from error
 
 
-@contextmanager
-def safe_loader(trust=False):
-    """Let mmengine open local checkpoints by :func:`read_checkpoint`, inside ``with``.
+def _read_safetensors(path):
+    """The tensors of a safetensors file, which can hold nothing that runs."""
+    _need_safetensors(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise _damage(path, error) from error
 
-    These are all files that go through mmengine's CheckpointLoader: ``load_from``,
-    ``resume``, ``init_cfg=dict(type='Pretrained')``, ``load_checkpoint`` and what
-    mmpretrain and mmsegmentation build on it. Tensors come on the CPU, whatever
-    ``map_location`` says. What has an address (``http://``, ``s3://``,
-    ``torchvision://``, ...) mmengine still downloads and opens by itself.
+
+def _need_safetensors(path):
+    if safetensors is None:
+        raise CheckpointError(
+            f'`{path}` is a safetensors file, for which the library is missing: '
+            'pip install safetensors'
+        )
+
+
+def check_weights(content, path):
+    """Raise a CheckpointError, which says what is there, unless it holds weights.
 
     Args:
-        trust (bool): See :func:`read_checkpoint`. Defaults to False.
+        content (object): What :func:`read_checkpoint` returned.
+        path (str | Path): Where it is from, for the message.
+    """
+    state, what, hint = content, 'it', ''
+    if isinstance(content, dict) and 'state_dict' in content:
+        state, what = content['state_dict'], 'its `state_dict`'
+    if not isinstance(state, dict):
+        wrong = f'is a {type(state).__name__}'
+    elif not state:
+        wrong = 'is empty'
+    else:
+        odd = [name for name, value in state.items() if not _is_weight(name, value)]
+        if not odd:
+            return
+        wrong = f'holds, as {odd[0]!r}, a {type(state[odd[0]]).__name__}'
+        if any(isinstance(state[name], dict) for name in odd):
+            hint = (
+                ' Files of other codebases, which have their weights elsewhere, are '
+                'converted by tools/model_converters/convert.py.'
+            )
+    raise CheckpointError(
+        f'`{path}` holds no weights that a model of OpenMMLab can load: looked for was '
+        f'a dict of tensors by name, alone or under `state_dict`, but {what} {wrong}.'
+        + hint
+    )
+
+
+def _is_weight(name, value):
+    # What a module of one's own saves beside its tensors can be anything.
+    return isinstance(name, str) and (
+        isinstance(value, torch.Tensor) or name.endswith('_extra_state')
+    )
+
+
+def write_checkpoint(content, path):
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        content (dict): ``state_dict``, which alone goes into a safetensors file, and
+            ``meta``, whose entries are strings there.
+        path (str | Path): The file: safetensors where it ends in ``.safetensors``, else
+            of torch.save.
+
+    Raises:
+        CheckpointError: If the safetensors library is missing.
+    """
+    safe = str(path).endswith('.safetensors')
+    if safe:
+        _need_safetensors(path)
+    with whole_file(str(path)) as partial:
+        if safe:
+            # Two names of one tensor are two tensors there.
+            state = {
+                name: value.detach().cpu().contiguous().clone()
+                for name, value in content['state_dict'].items()
+            }
+            meta = {key: str(value) for key, value in content.get('meta', {}).items()}
+            # 'pt' is what other readers look for.
+            safetensors.torch.save_file(state, partial, {**meta, 'format': 'pt'})
+        else:
+            torch.save(content, partial)
+
+
+@contextmanager
+def safe_loader(trust=False):
+    """Let mmengine open checkpoints by :func:`read_checkpoint`, inside ``with``.
+
+    These are all that go through mmengine's CheckpointLoader: ``load_from``,
+    ``resume``, ``init_cfg=dict(type='Pretrained')``, ``load_checkpoint`` and what
+    mmpretrain and mmsegmentation build on it, such as ``get_model`` and the
+    inferencers; files, also of safetensors, and what is downloaded from ``http://`` and
+    ``https://``. Tensors come on the CPU, whatever ``map_location`` says. The names of
+    hubs and storages (``torchvision://``, ``openmmlab://``, ``s3://``, ...) mmengine
+    still looks up and opens by itself.
+
+    Args:
+        trust (bool, optional): See :func:`read_checkpoint`. None: as a ``safe_loader``
+            around this one says, without one False. Defaults to False.
     """
     from mmengine.runner import CheckpointLoader
 
-    # mmengine logs the end of its name: "Loads checkpoint by local backend".
-    def load_from_local(filename, map_location=None):
-        return read_checkpoint(filename, trust)
+    before = {
+        scheme: CheckpointLoader._get_checkpoint_loader(scheme)
+        for scheme in ('', 'http://', 'https://')
+    }
+    if trust is None:
+        trust = getattr(before[''], 'trust', False)
 
-    before = CheckpointLoader._get_checkpoint_loader('')
-    CheckpointLoader.register_scheme('', load_from_local, force=True)
+    # mmengine logs the ends of their names: "Loads checkpoint by local backend".
+    def load_from_local(filename, map_location=None):
+        content = read_checkpoint(filename, trust)
+        check_weights(content, filename)
+        meta = content.get('meta')
+        if not trust and isinstance(meta, dict):
+            # A config of before mmengine, which would run it when it resumes.
+            meta.pop('config', None)
+        # mmengine's EMAHook knows no bare one, as of safetensors.
+        return content if 'state_dict' in content else dict(state_dict=content)
+
+    def load_from_http(filename, map_location=None):
+        return load_from_local(_download(filename))
+
+    load_from_local.trust = trust
+    ours = {scheme: load_from_http if scheme else load_from_local for scheme in before}
     try:
+        for scheme, loader in ours.items():
+            CheckpointLoader.register_scheme(scheme, loader, force=True)
         yield
     finally:
-        CheckpointLoader.register_scheme('', before, force=True)
+        for scheme, loader in before.items():
+            CheckpointLoader.register_scheme(scheme, loader, force=True)
+
+
+def _download(url):
+    """Fetch a file to where torch keeps what it downloads, once; returns its path."""
+    from mmengine.dist import barrier, is_main_process
+
+    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(url).path).name)
+    if is_main_process() and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except OSError as error:
+            raise CheckpointError(f'`{url}` cannot be downloaded: {error}') from error
+    barrier()
+    return path
 
 
 def _refusal(path, error, plain):
@@ -264,6 +399,14 @@ def check_checkpoint_file(path):
         raise CheckpointError(f'`{path}` is {what}.')
 
 
+def _is_safetensors(path):
+    """Whether a file starts as they do: the length of a dict in JSON, and that."""
+    with open(path, 'rb') as file:
+        head = file.read(9)
+    length = int.from_bytes(head[:8], 'little')
+    return head[8:] == b'{' and length < path.stat().st_size
+
+
 def _kind_of_archive(path):
     """What a zip archive is, if no checkpoint."""
     try:
@@ -284,6 +427,8 @@ def _kind_of(path, head):
     # The oldest files of torch are tar archives, which it reads beside all guards.
     if tarfile.is_tarfile(path):
         return 'a tar archive. Unpack it, or save it anew with PyTorch 1.6 or later'
+    if _is_safetensors(path):
+        return None
     if head[:1] == b'\x80':
         bare = 'a bare pickle, which could run code. Save the weights with torch.save'
         return None if LEGACY_MAGIC in head else bare
@@ -292,8 +437,6 @@ def _kind_of(path, head):
         return 'a web page (HTML), as of an error or a log-in. Download the file itself'
     if text.startswith(b'version https://git-lfs'):
         return 'a Git LFS pointer, not the file itself. Run `git lfs pull`'
-    if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < path.stat().st_size:
-        return 'a safetensors file. Save what safetensors.torch.load_file gives of it'
     if not head:
         return 'empty (0 bytes). Download it again'
     return f'no file of torch.save: it starts with {head[:16]!r}'

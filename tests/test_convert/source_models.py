@@ -35,6 +35,9 @@ class Spec:
     classes: int = 1000
     distilled: bool = False
     layer_scale: Optional[tuple] = None
+    pre_norm: bool = False
+    quick_gelu: bool = False
+    head: bool = True
 
     @property
     def img_size(self):
@@ -115,7 +118,10 @@ def make_state(spec, seed=0):
             state[f'patch_embed.bn{n}.num_batches_tracked'] = torch.tensor(1000 + n)
         std = (stem * half**2) ** -0.5
         state['patch_embed.proj.weight'] = normal(width, stem, half, half, std=std)
-    state['patch_embed.proj.bias'] = normal(width, std=0.1)
+    if spec.pre_norm:
+        norm('norm_pre', width)
+    else:
+        state['patch_embed.proj.bias'] = normal(width, std=0.1)
 
     for i in range(spec.depth):
         block = f'blocks.{i}'
@@ -141,7 +147,8 @@ def make_state(spec, seed=0):
             state[f'{block}.pos_block.proj.0.weight'] = normal(width, 1, 3, 3, std=0.2)
             state[f'{block}.pos_block.proj.0.bias'] = normal(width, std=0.1)
     norm('norm', width)
-    linear('head', spec.classes, width)
+    if spec.head:
+        linear('head', spec.classes, width)
     if spec.distilled:
         linear('head_dist', spec.classes, width)
     if spec.aux:
@@ -163,6 +170,8 @@ def forward(spec, state, images):
     if spec.cls_layer == 0:
         x = torch.cat((cls, x), 1)
     x = x + state['pos_embed']
+    if spec.pre_norm:
+        x = _norm(spec, state, 'norm_pre', x)
     for i in range(spec.depth):
         if 0 < spec.cls_layer == i:
             x = torch.cat((cls, x), 1)
@@ -177,7 +186,8 @@ def forward(spec, state, images):
         y = _norm(spec, block, 'norm1', x)
         x = x + scale1 * _attention(spec, block, y, rows, columns) / spec.skip
         y = _norm(spec, block, 'norm2', x)
-        y = F.gelu(_linear(block, 'mlp.fc1', y))
+        y = _linear(block, 'mlp.fc1', y)
+        y = y * torch.sigmoid(1.702 * y) if spec.quick_gelu else F.gelu(y)
         x = x + scale2 * _linear(block, 'mlp.fc2', y) / spec.skip
         if spec.peg:
             x = _peg(block, x, rows, columns)
@@ -217,7 +227,8 @@ def _stem(spec, state, x):
             x = (x - bn['running_mean']) / torch.sqrt(bn['running_var'] + 1e-5)
             x = torch.relu(x * bn['weight'] + bn['bias'])
     weight = state['patch_embed.proj.weight']
-    return F.conv2d(x, weight, state['patch_embed.proj.bias'], stride=weight.shape[2:])
+    bias = state.get('patch_embed.proj.bias')
+    return F.conv2d(x, weight, bias, stride=weight.shape[2:])
 
 
 def _attention(spec, block, x, rows, columns):

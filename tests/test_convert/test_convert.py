@@ -1,4 +1,5 @@
 import argparse
+import functools
 import importlib.util
 import shutil
 import subprocess
@@ -12,13 +13,15 @@ from mmengine.registry import init_default_scope
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.registry import MODELS
 
+from spvit_mm.apis import load_config, load_trained_model, run_cli
 from spvit_mm.convert import (
     Options,
     convert_file,
     convert_to_mm,
     convert_to_released,
+    convert_to_timm,
 )
-from spvit_mm.utils import CheckpointError, UserError
+from spvit_mm.utils import CheckpointError, UserError, read_checkpoint, write_checkpoint
 from spvit_mm.utils.checkpoint import CAN_ALLOW
 
 from .source_models import (
@@ -458,6 +461,272 @@ def test_pre_logits_of_older_timm():
     torch.testing.assert_close(head((x,)), want)
 
 
+# ------------------------------------------------------------- without a head
+
+SCALED = ('ls1.gamma', 'ls2.gamma')
+CLIP = dict(pre_norm=True, eps=1e-5, **TINY)
+HEADLESS = {
+    'timm': Spec(24, 3, 3, head=False, **TINY),
+    'MAE': Spec(24, 3, 3, head=False, **TINY),
+    'DINOv2': Spec(24, 3, 3, head=False, patch=14, layer_scale=SCALED, **TINY),
+    'CLIP': Spec(24, 3, 3, head=False, **CLIP),
+    "OpenAI's CLIP": Spec(24, 3, 3, head=False, patch=14, quick_gelu=True, **CLIP),
+}
+
+
+def headless_content(name):
+    """A file as its codebase writes it."""
+    state = as_saved(make_state(HEADLESS[name]))
+    if name in ('MAE', 'DINOv2'):
+        state['mask_token'] = torch.ones(1, 24)
+    if name == 'MAE':
+        state['decoder_pos_embed'] = torch.ones(1, 17, 8)
+        state['decoder_blocks.0.norm1.weight'] = torch.ones(8)
+        return {'model': state}
+    return state
+
+
+def headless_result(name):
+    act = 'quick_gelu' if HEADLESS[name].quick_gelu else 'gelu'
+    return convert(headless_content(name), HEADLESS[name], act=act)
+
+
+@pytest.mark.parametrize('name', HEADLESS)
+def test_a_model_without_a_head_becomes_a_backbone(name):
+    spec = HEADLESS[name]
+    state, result = make_state(spec), headless_result(name)
+    assert all(key.startswith('backbone.') for key in result.state_dict)
+    head = dict(type='VisionTransformerClsHead', num_classes=1000, in_channels=24)
+    assert head.items() <= result.model['head'].items()
+    assert result.normalization == ('clip' if spec.pre_norm else 'imagenet')
+    notes = ' '.join(result.notes)
+    assert 'It has no head' in notes
+    assert ('mask_token' in notes) == (name in ('MAE', 'DINOv2'))
+    assert ('decoder_pos_embed' in notes) == (name == 'MAE')
+    images = torch.randn(2, 3, *spec.img_size)
+    with torch.no_grad():
+        got = build_backbone(result)(images)[0]
+    want = forward(spec, state, images.double())
+    assert (got - want).abs().max() < TOLERANCE * want.abs().max()
+    if spec.quick_gelu:
+        plain = build_backbone(convert(headless_content(name), spec))(images)[0]
+        assert (plain - want).abs().max() > 100 * TOLERANCE * want.abs().max()
+
+
+def test_a_backbone_starts_a_model_of_another_size(tmp_path):
+    """DINOv2 at 518 pixels, say, for a segmentor of 224: the file as init_cfg."""
+    torch.save(headless_content('DINOv2'), tmp_path / 'dino.pth')
+    convert_file(
+        tmp_path / 'dino.pth',
+        tmp_path / 'start.pth',
+        options=options_of(HEADLESS['DINOv2']),
+    )
+    cfg = Config.fromfile(tmp_path / 'start.py')
+    assert cfg.model.backbone.img_size == (56, 56)
+    start = dict(
+        type='Pretrained', checkpoint=str(tmp_path / 'start.pth'), prefix='backbone'
+    )
+    cfg.model.backbone.update(img_size=70, out_type='featmap', init_cfg=start)
+    model = MODELS.build(dict(cfg.model.backbone, _scope_='mmpretrain')).eval()
+    model.init_weights()
+    assert model(torch.zeros(1, 3, 70, 70))[0].shape == (1, 24, 5, 5)
+    state = make_state(HEADLESS['DINOv2'])
+    torch.testing.assert_close(
+        model.layers[2].ffn.gamma2.weight, state['blocks.2.ls2.gamma'].float()
+    )
+
+
+def test_the_heads_can_be_left_out():
+    for name in ('deit', 'spvit'):
+        state = as_saved(make_state(SMALL[name]))
+        result = convert(state, SMALL[name], classifier='none')
+        assert all(key.startswith('backbone.') for key in result.state_dict)
+        assert any('head.weight' in note for note in result.notes)
+
+
+@pytest.mark.parametrize('key', ['reg_token', 'register_tokens'])
+def test_register_tokens_are_refused(key):
+    content = {**headless_content('DINOv2'), key: torch.ones(1, 4, 24)}
+    with pytest.raises(CheckpointError, match=f'register tokens .`{key}`.*without reg'):
+        convert(content, HEADLESS['DINOv2'])
+
+
+@pytest.mark.parametrize('kind', ['DINOv2', 'MAE', 'CLIP'])
+def test_mmpretrain_checkpoints_without_a_head_load_as_they_are(tmp_path, kind):
+    kwargs = dict(
+        DINOv2=dict(patch_size=14, layer_scale_init_value=1e-5),
+        MAE=dict(),
+        CLIP=dict(
+            pre_norm=True,
+            norm_cfg=dict(type='LN', eps=1e-5),
+            layer_cfgs=dict(act_cfg=dict(type='mmpretrain.QuickGELU')),
+        ),
+    )[kind]
+    arch = dict(embed_dims=24, num_layers=3, num_heads=3, feedforward_channels=48)
+    kwargs.update(arch=arch, img_size=56, out_type='raw')
+    vit = VisionTransformer(**kwargs)
+    vit.eval()
+    for param in vit.parameters():
+        torch.nn.init.normal_(param, std=0.2)
+    state = {f'backbone.{k}': v for k, v in vit.state_dict().items()}
+    state['neck.mask_token'] = torch.ones(1, 1, 8)
+    torch.save(dict(state_dict=state), tmp_path / 'a.pth')
+    start = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'))
+    start['prefix'] = 'backbone'
+    cfg = dict(type='SPViT', **kwargs, cls_token_layer=0, init_cfg=start)
+    model = MODELS.build(cfg).eval()
+    model.init_weights()
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(images)[0], vit(images)[0], rtol=1e-5, atol=1e-5
+        )
+
+
+# ------------------------------------------------------------------ back to timm
+
+
+def ours(classes=7, **kwargs):
+    """A classifier with an SPViT, its weights random, its priors as they start."""
+    arch = dict(embed_dims=24, num_layers=3, num_heads=3, feedforward_channels=48)
+    backbone = dict(type='SPViT', arch=arch, img_size=64, cls_token_layer=0)
+    backbone.update(kwargs)
+    head = dict(type='VisionTransformerClsHead', num_classes=classes, in_channels=24)
+    model = MODELS.build(
+        dict(type='ImageClassifier', backbone=backbone, head=head if classes else None)
+    ).eval()
+    for name, param in model.named_parameters():
+        if 'prior.' not in name:
+            torch.nn.init.normal_(param, std=0.2)
+    return model
+
+
+def timm_of(result):
+    timm = pytest.importorskip('timm')
+    call = result.notes[1].split('by ', 1)[1].rstrip('.')
+    return eval(call, dict(timm=timm, functools=functools, torch=torch))
+
+
+ADD = dict(type='SpatialPriorAttention', combine='add', strength=3.0)
+BOTH = dict(type='SpatialPriorAttention', combine='both', init_score=0.5)
+NEUTRAL = {
+    'multiply': dict(),
+    'none': dict(num_spsa_layers=0),
+    'add': dict(attn_cfg=ADD),
+    'both, with a score': dict(attn_cfg=BOTH, qkv_bias=False),
+    'shared': dict(share_prior='network'),
+    'scaled coordinates': dict(prior=dict(type='MLPSpatialPrior', coords='scaled')),
+    'table': dict(prior=dict(type='TableSpatialPrior')),
+    'a window as large as the grid': dict(
+        prior=dict(type='WindowSpatialPrior', window=15)
+    ),
+    'layer scale, oblong patches': dict(
+        layer_scale_init_value=1e-5, patch_size=(16, 32), img_size=(64, 96)
+    ),
+    'CLIP': dict(
+        pre_norm=True,
+        norm_cfg=dict(type='LN', eps=1e-5),
+        layer_cfgs=dict(act_cfg=dict(type='mmpretrain.QuickGELU')),
+    ),
+    'no head': dict(classes=0),
+}
+
+
+@pytest.mark.parametrize('deployed', [False, True])
+@pytest.mark.parametrize('name', NEUTRAL)
+def test_to_timm_equals_what_ours_computes(name, deployed, tmp_path):
+    model = ours(**NEUTRAL[name])
+    images = torch.randn(2, 3, *model.backbone.img_size)
+    with torch.no_grad():
+        want = model.backbone(images)[0]
+        want = model.head.fc(want) if hasattr(model.head, 'fc') else want
+        if model.with_head:
+            want = model.head((want,))
+    if deployed:
+        model.backbone.switch_to_deploy()
+    result = convert_to_timm(model)
+    assert ('backbone alone' in result.notes[-1]) == (name == 'no head')
+    made = timm_of(result).eval()
+    made.load_state_dict(result.state_dict, strict=True)
+    for suffix in ('.pth', '.safetensors'):
+        path = tmp_path / f'a{suffix}'
+        write_checkpoint(dict(state_dict=result.state_dict), path)
+        load = importlib.import_module('timm.models').load_checkpoint
+        load(made, str(path), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(made(images), want, rtol=1e-5, atol=1e-5)
+
+
+def test_to_timm_by_the_naive_model():
+    """Without timm too: there and back, bit for bit."""
+    spec = SMALL['timm']
+    state = as_saved(make_state(spec))
+    there = convert(state, spec)
+    model = MODELS.build(dict(there.model, _scope_='mmpretrain'))
+    model.load_state_dict(there.state_dict)
+    assert_same(convert_to_timm(model).state_dict, state)
+
+
+def not_neutral(model):
+    model.backbone.layers[0].attn.prior.b2.data[1] = 1.5
+    return model
+
+
+UNLIKE = {
+    'a learned prior': (
+        not_neutral,
+        'layer 0: its prior multiplies its scores by 1 to',
+    ),
+    'added': (lambda m: not_neutral(ours(attn_cfg=ADD)), 'adds to its scores 0 to 1.5'),
+    'late class token': (dict(cls_token_layer=1), 'it joins at layer 1'),
+    'no class token': (
+        dict(with_cls_token=False, cls_token_layer=None, out_type='featmap', classes=0),
+        'it has no class token',
+    ),
+    'stem': (dict(stem='conv'), 'its stem is a ConvStem'),
+    'PEG': (dict(with_peg=True), 'layer 2: a PEG follows'),
+    'skip scale': (dict(skip_scale=2.0), 'layer 1: skip_scale is 2 and not 1'),
+    'no position': (dict(pos_embed=None), 'no position embedding'),
+    'no final norm': (dict(final_norm=False), 'no final norm'),
+    'rotary': (
+        dict(attn_cfg=dict(type='RotaryPositionAttention')),
+        'layer 0: it attends with RotaryPositionAttention',
+    ),
+    'a mask': (
+        dict(prior=dict(type='WindowSpatialPrior', window=3, masked=True)),
+        'layer 0: its prior masks offsets',
+    ),
+    'ALiBi': (dict(prior=dict(type='ALiBiSpatialPrior'), attn_cfg=ADD), 'adds to its'),
+    'scale': (dict(attn_cfg=dict(qk_scale=0.5)), 'scales its scores by 0.5'),
+    'activation': (
+        dict(layer_cfgs=dict(act_cfg=dict(type='ReLU'))),
+        'its FFN has ReLU',
+    ),
+    'average': (dict(out_type='avg_featmap'), "its head reads out_type='avg_featmap'"),
+    'patches': (dict(patch_cfg=dict(stride=8)), 'its patches overlap'),
+    'folded elsewhere': (
+        lambda m: m.backbone.switch_to_deploy((5, 5)) or m,
+        r'folded for the grid \(5, 5\), not for \(4, 4\)',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', UNLIKE)
+def test_to_timm_refuses_what_computes_something_else(name):
+    change, words = UNLIKE[name]
+    model = change(ours()) if callable(change) else ours(**change)
+    with pytest.raises(CheckpointError, match=words):
+        convert_to_timm(model)
+
+
+def test_to_timm_lists_every_difference():
+    with pytest.raises(CheckpointError) as error:
+        convert_to_timm(ours(skip_scale=2.0, with_peg=True, pos_embed=None))
+    assert len(str(error.value).splitlines()) == 1 + 1 + 2 * 3
+    with pytest.raises(CheckpointError, match='converts an SPViT.* a Linear'):
+        convert_to_timm(torch.nn.Linear(2, 2))
+
+
 # -------------------------------------------------------------------- refusals
 
 
@@ -466,7 +735,6 @@ def test_pre_logits_of_older_timm():
     [
         'blocks.1.attn.extra',
         'fc_norm.weight',
-        'reg_token',
         'blocks.1.attn.q_norm.weight',
     ],
 )
@@ -572,6 +840,61 @@ def test_command_line_there_and_back(tmp_path, source_file):
     tool()([str(out), str(back), '--to', 'spvit'])
     want = torch.load(source_file, weights_only=True)['state_dict']
     assert_same(torch.load(back, weights_only=True)['state_dict'], want)
+
+
+def test_command_line_to_timm_by_safetensors(tmp_path):
+    state = as_saved(make_state(SMALL['timm']))
+    names = ('model', 'ours', 'back')
+    src, middle, back = (tmp_path / f'{name}.safetensors' for name in names)
+    write_checkpoint(dict(state_dict=state), src)
+    tool()([str(src), str(middle), '--num-heads', '3'])
+    assert Config.fromfile(tmp_path / 'ours.py').load_from.endswith('ours.safetensors')
+    tool()([str(middle), str(back), '--to', 'timm'])
+    assert_same(read_checkpoint(back), state)
+    # The config beside it is found; one of another name is said.
+    (tmp_path / 'ours.py').rename(tmp_path / 'other.py')
+    arguments = [str(middle), str(tmp_path / 'b.pth'), '--to', 'timm']
+    with pytest.raises(
+        UserError, match='ours.py does not exist: name it with --config'
+    ):
+        tool()(arguments)
+    tool()([*arguments, '--config', str(tmp_path / 'other.py')])
+    assert_same(read_checkpoint(tmp_path / 'b.pth')['state_dict'], state)
+    with pytest.raises(UserError, match='are for --to timm alone'):
+        tool()([str(src), str(tmp_path / 'c.pth'), '--config', 'x.py'])
+    # Folded priors need deploy=True, as everywhere.
+    model, _ = load_trained_model(load_config(str(tmp_path / 'other.py')), str(middle))
+    model.backbone.switch_to_deploy()
+    write_checkpoint(dict(state_dict=model.state_dict()), tmp_path / 'folded.pth')
+    folded = [str(tmp_path / 'folded.pth'), str(tmp_path / 'd.pth'), *arguments[2:]]
+    folded += ['--config', str(tmp_path / 'other.py'), '--cfg-options']
+    tool()([*folded, 'model.backbone.deploy=True'])
+    assert_same(read_checkpoint(tmp_path / 'd.pth')['state_dict'], state)
+    # Weights alone of another model are told by their names.
+    with pytest.raises(UserError, match='is not a checkpoint of this model'):
+        tool()([str(src), str(tmp_path / 'c.pth'), '--to', 'timm', '--config',
+                str(tmp_path / 'other.py')])  # fmt: skip
+
+
+def test_mistakes_end_with_code_2_and_help_explains(tmp_path, capsys):
+    for argv, words in (
+        ([tmp_path / 'none.pth', tmp_path / 'a.pth'], 'none.pth` does not exist'),
+        ([__file__, tmp_path / 'a.pth'], 'no file of torch.save'),
+        ([__file__, tmp_path / 'a.bin'], 'must end in .pth or .safetensors'),
+        ([__file__, tmp_path / 'a.pth', '--test-crop', '7'], 'must lie in (0, 1]'),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run_cli(tool(), 'convert.py', [str(arg) for arg in argv])
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith('convert.py: error: ')
+        assert words in line
+    with pytest.raises(SystemExit):
+        tool()(['--help'])
+    helped = capsys.readouterr().out
+    for option in ('from', 'to', 'img-size', 'distilled', 'act', 'config'):
+        text = helped.split(f'\n  --{option} ', 1)[1].split('\n  --', 1)[0]
+        assert len(text.split()) > 10, option
 
 
 @pytest.mark.parametrize('existing', ['ours.pth', 'ours.py'])

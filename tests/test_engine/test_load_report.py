@@ -33,13 +33,16 @@ class Model(nn.Module):
         self.head = nn.Linear(4, classes)
 
 
+TRAINING = dict(meta=dict(epoch=3, iter=30), message_hub={}, optimizer={})
+
+
 def load(tmp_path, model, state_dict, partial='warn', resume=False) -> list:
     """Load as a runner does; the messages of the hook."""
     torch.save({'state_dict': state_dict}, tmp_path / 'c.pth')
     hook, messages = LoadReportHook(partial), []
     logger = SimpleNamespace(warning=messages.append)
     runner = SimpleNamespace(model=model, _resume=resume, logger=logger)
-    hook.after_load_checkpoint(runner, {'state_dict': state_dict})
+    hook.after_load_checkpoint(runner, {'state_dict': state_dict, **TRAINING})
     load_checkpoint(model, str(tmp_path / 'c.pth'), logger=logging.getLogger('quiet'))
     hook.before_train(runner)
     assert not model._load_state_dict_post_hooks
@@ -82,6 +85,32 @@ def test_nothing(tmp_path):
     assert '25 unknown to the model: layer0, layer1,' in str(error.value)
     assert str(error.value).count('layer') == 10
     assert 'size mismatch for stem.table' in str(error.value)
+
+
+def test_what_resuming_needs(tmp_path):
+    messages, model = [], Model()
+    logger = SimpleNamespace(warning=messages.append)
+
+    def after_load(resume, **content):
+        runner = SimpleNamespace(model=model, _resume=resume, logger=logger)
+        content['state_dict'] = model.state_dict()
+        hook = LoadReportHook()
+        hook.after_load_checkpoint(runner, content)
+        hook.before_train(runner)
+
+    published = dict(meta=dict(epoch=3, iter=30))
+    for content in ({}, dict(TRAINING, meta={}), dict(TRAINING, meta=None), published):
+        with pytest.raises(
+            UserError, match='cannot be resumed.*not the state of a tra'
+        ):
+            after_load(True, **content)
+        after_load(False, **content)
+    after_load(True, **TRAINING)
+    assert messages == []
+    after_load(True, **{k: v for k, v in TRAINING.items() if k != 'optimizer'})
+    (message,) = messages
+    assert 'no state of the optimizer' in message
+    assert 'after epoch 3, iteration 30' in message
 
 
 def test_argument():

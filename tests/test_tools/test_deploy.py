@@ -79,6 +79,16 @@ def test_reparameterize(trained, tmp_path, capsys, grid):
         load_trained_model(load_config(str(config)), str(out))
 
 
+def test_reparameterize_to_safetensors(trained, tmp_path):
+    config, checkpoint, model = trained
+    out = tmp_path / 'deployed.safetensors'
+    command(REPARAMETERIZE, config, checkpoint, out)
+    cfg = load_config(str(config), {'model.backbone.deploy': True})
+    deployed, _ = load_trained_model(cfg, str(out))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(logits(deployed, images), logits(model, images))
+
+
 @pytest.mark.parametrize('name', [REPARAMETERIZE, EXPORT])
 def test_nothing_is_overwritten(trained, tmp_path, capsys, name):
     config, checkpoint, _ = trained

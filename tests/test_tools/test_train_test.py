@@ -16,7 +16,7 @@ from mmengine.utils import ManagerMixin
 from mmpretrain.registry import MODELS
 
 from spvit_mm.apis import find_resume_checkpoint, run_cli
-from spvit_mm.utils import UserError
+from spvit_mm.utils import UserError, write_checkpoint
 from tests.test_engine.tiny import make_data, make_images, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -217,6 +217,65 @@ def test_another_models_checkpoint(trained, tmp_path, capsys):
         wide,
     )
     assert 'cannot be resumed from a checkpoint of another model' in line
+
+
+def test_a_start_that_loads_next_to_nothing(trained, tmp_path, capsys):
+    config, work_dir = trained
+    good = work_dir / 'epoch_1.pth'
+    state = torch.load(good, weights_only=False)['state_dict']
+    timm = {'cls_token': state['backbone.cls_token'], 'blocks.0.x': torch.ones(1)}
+    torch.save(timm, tmp_path / 'timm.pth')
+    here, inside = 'model.init_cfg', 'model.backbone.init_cfg'
+    cases = [
+        (here, tmp_path / 'timm.pth', None, 'of the model would load 0 of its 32'),
+        (inside, tmp_path / 'timm.pth', None, 'of backbone would load 1 of its 30'),
+        (inside, good, None, 'of backbone would load 0 of its 30'),
+        (inside, good, 'back', 'names such as back.cls_token'),
+        (inside, tmp_path / 'none.pth', 'backbone', 'none.pth does not exist'),
+    ]
+    for where, path, prefix, words in cases:
+        options = [f'{where}.type=Pretrained', f'{where}.checkpoint={path}']
+        options += [f'{where}.prefix={prefix}'] if prefix else []
+        more = ('--work-dir', tmp_path / 'w', '--cfg-options', *options)
+        assert words in fails(capsys, 'train.py', config, *more)
+    assert not list((tmp_path / 'w').glob('*.pth'))
+    options = [f'{inside}.type=Pretrained', f'{inside}.checkpoint={good}']
+    more = ('--work-dir', tmp_path / 'w', '--cfg-options', *options)
+    command('train.py', config, *more, f'{inside}.prefix=backbone.')
+
+
+def test_resuming_without_the_optimizer_is_said(trained, tmp_path, capsys):
+    config, work_dir = trained
+    content = torch.load(work_dir / 'epoch_1.pth', weights_only=False)
+    del content['optimizer']
+    torch.save(content, tmp_path / 'best.pth')
+    arguments = ('train.py', config, '--work-dir', tmp_path / 'w', '--resume')
+    longer = ('--cfg-options', 'train_cfg.max_epochs=2')
+    command(*arguments, tmp_path / 'best.pth', *longer)
+    assert 'no state of the optimizer' in capsys.readouterr().out
+    torch.save(dict(state_dict=content['state_dict']), tmp_path / 'weights.pth')
+    line = fails(capsys, *arguments, tmp_path / 'weights.pth', *longer)
+    assert 'cannot be resumed from this checkpoint' in line
+
+
+def test_safetensors_as_checkpoint_and_start(trained, tmp_path, capsys):
+    config, work_dir = trained
+    good, path = work_dir / 'epoch_1.pth', tmp_path / 'model.safetensors'
+    write_checkpoint(torch.load(good, weights_only=False), path)
+    results = []
+    for checkpoint in (good, path):
+        out = tmp_path / f'{checkpoint.stem}.json'
+        more = ('--out', out, '--out-item', 'metrics', '--work-dir', tmp_path)
+        command('test.py', config, checkpoint, *more)
+        results.append(out.read_text())
+    assert results[0] == results[1]
+    # EMAHook takes the weights from the checkpoint, too.
+    ema = tmp_path / 'ema.py'
+    ema.write_text(f"{config.read_text()}\ncustom_hooks = [dict(type='EMAHook')]\n")
+    more = (ema, '--work-dir', tmp_path / 'w', '--no-validate')
+    command('train.py', *more, '--cfg-options', f'load_from={path}')
+    line = fails(capsys, 'train.py', *more, '--resume', path)
+    assert 'cannot be resumed from this checkpoint' in line
 
 
 def test_bad_paths(trained, tmp_path, capsys):

@@ -4,27 +4,36 @@ import os
 import pickle
 import subprocess
 import tarfile
+import threading
 import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
+from mmengine.runner.checkpoint import _load_checkpoint
 from mmengine.utils import digit_version, import_modules_from_strings
+from mmpretrain.apis import ImageClassificationInferencer, get_model
 from mmpretrain.registry import MODELS
 
+from spvit_mm.apis import load_model, load_trained_model
+from spvit_mm.datasets.token_labels import read_label_map
 from spvit_mm.utils import (
     CheckpointError,
     UnsafeCheckpointError,
+    UserError,
     checkpoint,
     read_checkpoint,
     safe_loader,
+    write_checkpoint,
 )
 from tests.test_engine.tiny import make_data, write_config
 
@@ -67,6 +76,8 @@ def test_reads_what_checkpoints_hold(tmp_path, new_format):
     path = tmp_path / 'a.pth'
     torch.save(content, path, _use_new_zipfile_serialization=new_format)
     got = read_checkpoint(path)
+    with safe_loader():
+        assert list(CheckpointLoader.load_checkpoint(str(path))) == list(content)
     assert list(got) == list(content)
     assert list(got['state_dict']) == list(content['state_dict'])
     for key, value in content['state_dict'].items():
@@ -349,7 +360,7 @@ def test_a_torch_that_can_allow_nothing(tmp_path, monkeypatch):
         (b'\n  <HTML><title>Sign in</title>', 'a web page'),
         (b'\xef\xbb\xbf<?xml version="1.0"?><Error/>', 'a web page'),
         (b'version https://git-lfs.github.com/spec/v1\noid sha256:1\n', 'Git LFS'),
-        ((80).to_bytes(8, 'little') + b'{"a":1}' + b' ' * 99, 'safetensors'),
+        ((80).to_bytes(8, 'little') + b'{"a":1}' + b' ' * 99, 'SafetensorError'),
         (b'some text\n', 'no file of torch.save'),
         (b'PK\x03\x04' + b'0' * 100, 'damaged or was only partly downloaded'),
     ],
@@ -500,6 +511,211 @@ def load_init_cfg(path):
     ).init_weights()
 
 
+def spvit(**kwargs):
+    arch = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
+    cfg = dict(type='SPViT', arch=arch, img_size=16, patch_size=8, **kwargs)
+    return dict(cfg, _scope_='mmpretrain')
+
+
+def our_apis(path, folder):
+    """What of ours opens a file, from plain Python: the backbone, a classifier, a load."""
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    head = dict(
+        type='TokenLabelClsHead', num_classes=3, in_channels=16, _scope_='mmpretrain'
+    )
+    classifier = dict(
+        type='mmpretrain.TokenLabelClassifier',
+        backbone=spvit(out_type='raw'),
+        head=head,
+    )
+    config = folder / 'ours.py'
+    config.write_text(f"default_scope = 'mmpretrain'\nmodel = {classifier}")
+    return {
+        'backbone': lambda: MODELS.build(
+            spvit(init_cfg=dict(init_cfg, prefix='backbone'))
+        ).init_weights(),
+        'inside': lambda: torch.nn.Sequential(MODELS.build(spvit(init_cfg=init_cfg)))[
+            0
+        ].init_weights(),
+        'classifier': lambda: MODELS.build(
+            dict(classifier, init_cfg=init_cfg)
+        ).init_weights(),
+        'pretrained': lambda: MODELS.build(
+            dict(classifier, pretrained=str(path))
+        ).init_weights(),
+        'load_model': lambda: load_model(str(config), str(path)),
+        'load_trained_model': lambda: load_trained_model(
+            Config.fromfile(config), str(path)
+        ),
+        'read_label_map': lambda: read_label_map(path, 3),
+    }
+
+
+def test_our_python_refuses_poison(tmp_path):
+    """Without any ``safe_loader`` around it."""
+    path, marker = tmp_path / 'a.pth', tmp_path / 'ran'
+    state = {f'backbone.{k}': v for k, v in MODELS.build(spvit()).state_dict().items()}
+    evil = Reduces(os.system, f'touch {marker}')
+    for form in (True, False):
+        torch.save(
+            dict(state_dict=state, meta=evil),
+            path,
+            _use_new_zipfile_serialization=form,
+        )
+        for name, way in our_apis(path, tmp_path).items():
+            with pytest.raises(UserError, match=r'posix\.system'):
+                way()
+            assert not marker.exists(), name
+    # Who trusts a file says so around it.
+    with safe_loader(trust=True):
+        our_apis(path, tmp_path)['backbone']()
+    assert marker.exists()
+
+
+def test_the_ways_of_mmpretrain_are_safe_inside(tmp_path):
+    """As docs/checkpoints.md says to write them."""
+    path, marker = tmp_path / 'a.pth', tmp_path / 'ran'
+    torch.save(dict(meta=Reduces(os.system, f'touch {marker}')), path)
+    name = 'sp-deit-tiny_4xb256_in1k'
+    ways = {
+        'get_model': lambda: get_model(name, pretrained=str(path)),
+        'inferencer': lambda: ImageClassificationInferencer(name, pretrained=str(path)),
+    }
+    for way in ways.values():
+        with pytest.raises(UnsafeCheckpointError), safe_loader():
+            way()
+        assert not marker.exists()
+    with pytest.raises(UnsafeCheckpointError), safe_loader():
+        _load_checkpoint(str(path))
+
+
+@needs_allowing
+def test_a_config_in_a_file_is_not_run(trained, tmp_path):
+    """mmengine runs ``meta['config']`` when it resumes, as text of Python."""
+    config, path, _ = trained
+    marker = tmp_path / 'ran'
+    content = torch.load(path, weights_only=False)
+    content['meta']['config'] = f'open({str(marker)!r}, "w")'
+    torch.save(content, path)
+    for name, trust in (('safe', False), ('trusting', True)):
+        with safe_loader(trust):
+            runner_of(config, name, load_from=str(path), resume=True).train()
+        assert marker.exists() == trust
+
+
+def test_the_safe_loader_opens_what_it_downloads(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    folder, marker = tmp_path / 'www', tmp_path / 'ran'
+    folder.mkdir()
+    torch.save(dict(a=torch.ones(1)), folder / 'good.pth')
+    torch.save(dict(a=Reduces(os.system, f'touch {marker}')), folder / 'evil.pth')
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, 'log_message', lambda *args: None)
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}'
+        with safe_loader():
+            content = CheckpointLoader.load_checkpoint(f'{address}/good.pth')
+            assert content['state_dict']['a'] == 1
+            with pytest.raises(UnsafeCheckpointError, match='posix'):
+                CheckpointLoader.load_checkpoint(f'{address}/evil.pth')
+            with pytest.raises(CheckpointError, match='none.pth` cannot be downloaded'):
+                CheckpointLoader.load_checkpoint(f'{address}/none.pth')
+        server.shutdown()
+    assert not marker.exists()
+    assert (tmp_path / 'hub' / 'checkpoints' / 'good.pth').exists()
+
+
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        (torch.ones(2), 'it is a Tensor'),
+        ([torch.ones(2)], 'it is a list'),
+        ('text', 'it is a str'),
+        (0.5, 'it is a float'),
+        (dict(state_dict=[torch.ones(2)]), '`state_dict` is a list'),
+        (dict(state_dict=dict(a=0.5)), "as 'a', a float"),
+        (dict(state_dict={1: torch.ones(1)}), 'as 1, a Tensor'),
+        (dict(state_dict={}), '`state_dict` is empty'),
+        ({}, 'it is empty'),
+        (dict(model=dict(a=torch.ones(1))), "as 'model', a dict.*convert.py"),
+    ],
+)
+def test_the_safe_loader_says_what_holds_no_weights(tmp_path, content, words):
+    path = tmp_path / 'a.pth'
+    torch.save(content, path)
+    for trust in (False, True):
+        with (
+            safe_loader(trust),
+            pytest.raises(CheckpointError, match=words) as error,
+        ):
+            CheckpointLoader.load_checkpoint(str(path))
+        assert str(path) in str(error.value)
+
+
+def test_extra_state_is_no_weight(tmp_path):
+    torch.save(
+        dict(state_dict={'a': torch.ones(1), 'b._extra_state': 3}), tmp_path / 'a'
+    )
+    with safe_loader():
+        CheckpointLoader.load_checkpoint(str(tmp_path / 'a'))
+
+
+# ---------------------------------------------------------------- safetensors
+
+
+def test_safetensors(tmp_path):
+    one = torch.arange(6.0).reshape(2, 3)
+    state = dict(a=one.t(), b=one, half=one.half(), grid=torch.tensor([2, 3]))
+    path = tmp_path / 'a.safetensors'
+    write_checkpoint(dict(state_dict=state, meta=dict(grid=(2, 3))), path)
+    with safe_loader():
+        loaded = CheckpointLoader.load_checkpoint(str(path))['state_dict']
+    for got in (read_checkpoint(path), read_checkpoint(path, trust=True), loaded):
+        assert sorted(got) == sorted(state)
+        for key, value in state.items():
+            assert got[key].dtype == value.dtype
+            assert torch.equal(got[key], value)
+    with safetensors.safe_open(path, 'pt') as file:
+        assert file.metadata() == dict(grid='(2, 3)', format='pt')
+    # By what it is, whatever its name; also where its length starts as a pickle does.
+    for length in (0x80, 0x180):
+        renamed = tmp_path / 'b.pth'
+        header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+        header += b' ' * (length - len(header))
+        data = length.to_bytes(8, 'little') + header + b'\0\0\x80?'
+        renamed.write_bytes(data)
+        assert read_checkpoint(renamed)['a'] == 1
+        renamed.write_bytes(data[:-2])
+        with pytest.raises(CheckpointError, match='only partly downloaded'):
+            read_checkpoint(renamed)
+
+
+def test_safetensors_without_the_library(tmp_path, monkeypatch):
+    path = tmp_path / 'a.safetensors'
+    write_checkpoint(dict(state_dict=dict(a=torch.ones(1))), path)
+    monkeypatch.setattr(checkpoint, 'safetensors', None)
+    with pytest.raises(CheckpointError, match='pip install safetensors'):
+        read_checkpoint(path)
+    with pytest.raises(CheckpointError, match='pip install safetensors'):
+        write_checkpoint(dict(state_dict={}), tmp_path / 'b.safetensors')
+    assert not (tmp_path / 'b.safetensors').exists()
+
+
+def test_spvit_starts_from_safetensors(tmp_path):
+    """Plain Python too, where mmengine's own loader would not know the file."""
+    path = tmp_path / 'model.safetensors'
+    state = {
+        f'backbone.{k}': torch.full_like(v, 2)
+        for k, v in MODELS.build(spvit()).state_dict().items()
+    }
+    write_checkpoint(dict(state_dict=state), path)
+    init_cfg = dict(type='Pretrained', checkpoint=str(path), prefix='backbone')
+    model = MODELS.build(spvit(init_cfg=init_cfg))
+    model.init_weights()
+    assert all((param == 2).all() for param in model.parameters())
+
+
 def test_the_safe_loader_refuses_poison(trained):
     config, path, _ = trained
     marker = poison(path)
@@ -531,6 +747,7 @@ def test_the_loader_of_before_comes_back(tmp_path):
         return CheckpointLoader._get_checkpoint_loader('a.pth')
 
     before = local()
+    mmengine_web = CheckpointLoader._get_checkpoint_loader('https://x/y.pth')
     with safe_loader():
         ours = local()
         assert ours is not before
@@ -542,4 +759,6 @@ def test_the_loader_of_before_comes_back(tmp_path):
         assert local() is ours
         web = CheckpointLoader._get_checkpoint_loader('https://x/y.pth')
         assert web.__name__ == 'load_from_http'
+        assert web is not mmengine_web
     assert local() is before
+    assert CheckpointLoader._get_checkpoint_loader('https://x/y.pth') is mmengine_web

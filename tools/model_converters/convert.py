@@ -1,23 +1,44 @@
 #!/usr/bin/env python
-"""Convert a checkpoint of SP-ViT, LV-ViT, DeiT or timm's ViT to ours, with its
-config, or (--to spvit) ours to the names of the released code."""
+"""Convert a checkpoint of SP-ViT, LV-ViT, DeiT or timm's ViT (also DINOv2, MAE, CLIP) to
+ours, with its config; or ours (--to) to the names of the released code or of timm."""
 
 import argparse
+from pathlib import Path
 
-from spvit_mm_cli import ArgumentParser, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='convert.py', description=__doc__)
-    parser.add_argument('src', help='the checkpoint to read')
-    parser.add_argument('out', help='the .pth to write; its config is OUT with .py')
+    parser.add_argument('src', help='the checkpoint to read: .pth, .safetensors, ...')
+    parser.add_argument(
+        'out',
+        help='the .pth or .safetensors to write; its config is OUT with .py',
+    )
     parser.add_argument(
         '--from',
         dest='source',
         default='auto',
         choices=['auto', 'spvit', 'lvvit', 'deit', 'timm'],
+        help='the codebase that wrote SRC. Its names are read in one way; the codebase '
+        'decides the normalization and the test crop of the config (default: auto, by '
+        'the names; deit if they lie under `model`, as in its releases, else timm)',
     )
-    parser.add_argument('--to', dest='target', default='mm', choices=['mm', 'spvit'])
+    parser.add_argument(
+        '--to',
+        dest='target',
+        default='mm',
+        choices=['mm', 'spvit', 'timm'],
+        help='mm: a checkpoint of ours and its config. spvit: SRC is ours, OUT is for '
+        "the authors' code. timm: SRC is ours with priors that change nothing, OUT is "
+        "for timm's VisionTransformer (default: mm)",
+    )
+    parser.add_argument(
+        '--config',
+        help='--to timm: the config of SRC, which says what no weight shows (default: '
+        'SRC with .py)',
+    )
+    add_cfg_options(parser)
     parser.add_argument(
         '--weights',
         default='auto',
@@ -27,8 +48,8 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser.add_argument(
         '--classifier',
         default='auto',
-        choices=['auto', 'tokenlabel', 'plain'],
-        help='plain leaves out an auxiliary head, auto keeps it',
+        choices=['auto', 'tokenlabel', 'plain', 'none'],
+        help='plain leaves out an auxiliary head, none all heads; auto keeps them',
     )
     parser.add_argument(
         '--num-spsa-layers', type=int, help='deit, timm: layers to make SP-SA'
@@ -42,12 +63,41 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser.add_argument('--num-heads', type=int, help='where no weight shows it')
     parser.add_argument('--skip-scale', type=float, help='divisor of the branches')
     parser.add_argument('--norm-eps', type=float, help='eps of the layer norms')
-    parser.add_argument('--img-size', type=int, nargs=2, metavar=('H', 'W'))
-    parser.add_argument('--distilled', default='refuse', choices=['refuse', 'drop'])
     parser.add_argument(
-        '--normalization', choices=['imagenet', 'half'], help='of the config'
+        '--act',
+        default='gelu',
+        choices=['gelu', 'quick_gelu'],
+        help="activation of the FFNs; quick_gelu: of OpenAI's CLIP (default: gelu)",
     )
-    parser.add_argument('--test-crop', type=float, help='of the config')
+    parser.add_argument(
+        '--img-size',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help='height and width of the images that SRC was trained with, in pixels '
+        '(default: of a square grid of patches, by the length of pos_embed)',
+    )
+    parser.add_argument(
+        '--distilled',
+        default='refuse',
+        choices=['refuse', 'drop'],
+        help='what to do about a distilled DeiT, whose second token SPViT has not: '
+        'refuse, or drop that token and its head; the outputs then differ until it is '
+        'trained (default: refuse)',
+    )
+    parser.add_argument(
+        '--normalization',
+        choices=['imagenet', 'half', 'clip'],
+        help='mean and standard deviation of the images, for the config (default: the '
+        'habit of the source: clip for CLIP, half for timm, imagenet for others and '
+        'for models without a head)',
+    )
+    parser.add_argument(
+        '--test-crop',
+        type=float,
+        help='share of the image that is tested, in (0, 1], for the config (default: '
+        'the habit of the source)',
+    )
     parser.add_argument('--force', action='store_true', help='overwrite OUT')
     args = parser.parse_args(argv)
     parser.check_paths(checkpoints=[args.src])
@@ -55,6 +105,7 @@ def parse_args(argv: list) -> argparse.Namespace:
 
 
 def main(argv: list) -> None:
+    from spvit_mm.apis import load_config
     from spvit_mm.convert import Options, convert_file
     from spvit_mm.utils import UserError
 
@@ -63,10 +114,41 @@ def main(argv: list) -> None:
         name: args.pop(name) for name in ('src', 'out', 'source', 'target', 'force')
     }
     trust = args.pop('trust_checkpoint')
+    config, cfg_options = args.pop('config'), args.pop('cfg_options')
+    if files['target'] == 'timm':
+        config = load_config(find_config(config, files['src']), cfg_options)
+        files['model'] = load_ours(config, files['src'], args['weights'])
+    elif config or cfg_options:
+        raise UserError('--config and --cfg-options are for --to timm alone.')
     try:
         convert_file(**files, options=Options(**args), trust=trust)
     except OSError as error:
         raise UserError(str(error)) from error
+
+
+def find_config(config: str | None, src: str) -> str:
+    """The config of a checkpoint of ours: the one that is named, or beside it."""
+    from spvit_mm.utils import UserError
+
+    config = config or str(Path(src).with_suffix('.py'))
+    if not Path(config).is_file():
+        raise UserError(
+            f'--to timm needs the config of SRC, and {config} does not exist: name it '
+            'with --config. No weight shows how a prior is used, which layers are '
+            'scaled, or where the class token joins.'
+        )
+    return config
+
+
+def load_ours(cfg, src: str, weights: str):
+    """The model of a checkpoint of ours."""
+    from spvit_mm.apis import load_trained_model
+    from spvit_mm.utils import UserError
+
+    model, loaded = load_trained_model(cfg, src)
+    if weights == 'plain' and 'ema_state_dict' in loaded:
+        raise UserError('--to timm converts the EMA weights; --weights plain does not.')
+    return model
 
 
 if __name__ == '__main__':

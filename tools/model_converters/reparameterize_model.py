@@ -13,7 +13,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='reparameterize_model.py', description=__doc__)
     parser.add_argument('config', help='path of the config of the training')
     parser.add_argument('checkpoint', help='path of the trained checkpoint')
-    parser.add_argument('out', help='the checkpoint to write (.pth)')
+    parser.add_argument('out', help='the checkpoint to write (.pth or .safetensors)')
     parser.add_argument(
         '--grid',
         type=int,
@@ -31,13 +31,11 @@ def parse_args(argv: list) -> argparse.Namespace:
 
 
 def main(argv: list) -> None:
-    import torch
-
     from spvit_mm.apis import load_config, load_trained_model
-    from spvit_mm.utils import UserError, check_new_file, whole_file
+    from spvit_mm.utils import UserError, check_new_file, write_checkpoint
 
     args = parse_args(argv)
-    out = check_new_file(args.out, ('.pth',), args.force)
+    out = check_new_file(args.out, ('.pth', '.safetensors'), args.force)
     cfg = load_config(args.config)
     model, checkpoint = load_trained_model(cfg, args.checkpoint)
     backbone = getattr(model, 'backbone', None)
@@ -52,8 +50,7 @@ def main(argv: list) -> None:
         raise UserError(f'{args.checkpoint} cannot be deployed: {error}') from error
     grid = tuple(args.grid or backbone.patch_resolution)
     meta = {**checkpoint.get('meta', {}), 'deploy_grid': grid}
-    with whole_file(out) as partial:
-        torch.save({'meta': meta, 'state_dict': model.state_dict()}, partial)
+    write_checkpoint({'meta': meta, 'state_dict': model.state_dict()}, out)
     print(
         f'Wrote {out}, for a grid of {grid[0]} x {grid[1]} patches. To load it, build '
         f'the model with model.backbone.deploy=True:\n'

@@ -16,7 +16,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='sparsify_priors.py', description=__doc__)
     parser.add_argument('config', help='path of the config of the training')
     parser.add_argument('checkpoint', help='path of the trained checkpoint')
-    parser.add_argument('out', help='the .pth to write; its config is OUT with .py')
+    parser.add_argument('out', help='the .pth or .safetensors to write; its config is OUT with .py')
     parser.add_argument(
         '--keep-mass',
         type=float,
@@ -92,7 +92,7 @@ def check_outputs(args) -> tuple[str, str]:
     """The names of the two files to write."""
     from spvit_mm.utils import UserError, check_new_file
 
-    out = check_new_file(args.out, ('.pth',), args.force)
+    out = check_new_file(args.out, ('.pth', '.safetensors'), args.force)
     config = check_new_file(f'{osp.splitext(out)[0]}.py', ('.py',), args.force)
     for new, old in ((out, args.checkpoint), (config, args.config)):
         if osp.exists(new) and osp.exists(old) and osp.samefile(new, old):
@@ -156,7 +156,7 @@ def main(argv: list) -> None:
     from spvit_mm.apis import load_config, load_trained_model
     from spvit_mm.apis import sparsify as api
     from spvit_mm.explain import offset_mass, sparsify, why_no_priors
-    from spvit_mm.utils import UserError, whole_file
+    from spvit_mm.utils import UserError, whole_file, write_checkpoint
 
     args = parse_args(argv)
     out, config_out = check_outputs(args)
@@ -216,9 +216,9 @@ def main(argv: list) -> None:
     meta['sparse'] = dict(keep_mass=args.keep_mass, by=args.by, grid=grid)
     if args.deploy:
         meta['deploy_grid'] = grid
-    with whole_file(out) as weights, whole_file(config_out) as text:
+    with whole_file(config_out) as text:
         masked_cfg.dump(text)
-        torch.save({'meta': meta, 'state_dict': masked.cpu().state_dict()}, weights)
+        write_checkpoint({'meta': meta, 'state_dict': masked.cpu().state_dict()}, out)
     print(f'Wrote {out} and its config:\n  python tools/test.py {config_out} {out}')
 
 

@@ -69,7 +69,9 @@ class LoadReportHook(Hook):
     A checkpoint that fits in every name and shape passes silently. Of any other, the
     numbers of loaded, missing, differently shaped and unknown entries are stated,
     with the first ten names of each. A checkpoint of which nothing was loaded is an
-    error, and so is one that fits partly where training is to be resumed from it.
+    error, and so is one that fits partly where training is to be resumed from it, or
+    that holds no state of a training. One without the optimizer's state is resumed with
+    a warning.
 
     Args:
         partial (str): What to do about a checkpoint that fits partly, where it is
@@ -90,9 +92,30 @@ class LoadReportHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         # It has been read from the file, and goes into the model next.
+        if runner._resume:
+            self._check_resumable(runner, checkpoint)
         model = unwrap_model(runner.model)
         judge = partial(self._judge, runner)
         self._watch.enter_context(reporting_loads(model, judge))
+
+    def _check_resumable(self, runner, checkpoint: dict) -> None:
+        meta = checkpoint.get('meta') or {}
+        if not {'epoch', 'iter'} <= set(meta) or 'message_hub' not in checkpoint:
+            raise UserError(
+                'Training cannot be resumed from this checkpoint: it holds weights, but '
+                'not the state of a training (meta with epoch and iter, message_hub), '
+                'as one that was published. To start a new training from its weights, '
+                'set load_from and leave out --resume.'
+            )
+        if 'optimizer' not in checkpoint:
+            runner.logger.warning(
+                'The checkpoint holds no state of the optimizer, as the best_*.pth and '
+                f'all with save_optimizer=False: training goes on after epoch '
+                f'{meta["epoch"]}, iteration {meta["iter"]}, with an optimizer that '
+                'starts anew (momentum and second moments at 0), and will not end with '
+                'the weights of an uninterrupted run. The checkpoint that '
+                'last_checkpoint names has it.'
+            )
 
     def _judge(self, runner, loaded: int, words: str) -> None:
         if not words:
