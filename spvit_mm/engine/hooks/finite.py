@@ -1,0 +1,101 @@
+import math
+from typing import Optional
+
+from mmengine.hooks import Hook
+from mmpretrain.registry import HOOKS
+
+from ...utils import UserError, first_not_finite, unwrap_model
+
+
+def _named_images(data_batch: Optional[dict]):
+    """The images of a batch as they were loaded, each with its path or number."""
+    batch = data_batch if isinstance(data_batch, dict) else {}
+    images, samples = batch.get('inputs', ()), batch.get('data_samples') or ()
+    for i, image in enumerate(images):
+        sample = samples[i] if i < len(samples) else None
+        yield getattr(sample, 'img_path', None) or f'image {i}', image
+
+
+@HOOKS.register_module()
+class FiniteHook(Hook):
+    """Stop at the first loss or weight that is no finite number, and name it.
+
+    A training goes on with a loss of nan, to its last epoch, and a model with such
+    weights is tested to an accuracy of chance.
+
+    The losses are read where mmengine has logged them, so that an accelerator is waited
+    for no more often than without this hook. The weights are looked at after they were
+    loaded and before each checkpoint, which then is not written: the last good one
+    stays the latest.
+
+    Raises:
+        UserError: It names the loss, or the first weight or image that is not finite.
+    """
+
+    def before_train(self, runner) -> None:
+        self._check_start(runner)
+
+    def before_test(self, runner) -> None:
+        self._check_start(runner)
+
+    def _check_start(self, runner) -> None:
+        name = first_not_finite(unwrap_model(runner.model).state_dict().items())
+        if name is not None:
+            origin = runner.cfg.get('load_from')
+            raise UserError(
+                f'{name} holds nan or infinity before the first step. '
+                + (
+                    f'Is that so in {origin}? Take an earlier checkpoint.'
+                    if origin
+                    else 'Look for the arguments of that part in the model config.'
+                )
+            )
+
+    def after_train_iter(
+        self,
+        runner,
+        batch_idx: int,
+        data_batch: Optional[dict] = None,
+        outputs: Optional[dict] = None,
+    ) -> None:
+        # RuntimeInfoHook, which comes first, has fetched their values.
+        logged = runner.message_hub.log_scalars
+        losses = {
+            name: logged[f'train/{name}'].current()
+            for name in outputs or ()
+            if 'loss' in name and f'train/{name}' in logged
+        }
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        where = first_not_finite(_named_images(data_batch))
+        if where is not None:
+            cause = (
+                f'So is {where} of the batch, before the data_preprocessor: look for '
+                'the file, or for a transform that divides by 0.'
+            )
+        else:
+            # The step has been made with it.
+            weight = first_not_finite(unwrap_model(runner.model).named_parameters())
+            cause = (
+                'The images of the batch are finite; the first weight that is not, '
+                f'after this step, is {weight}.'
+            )
+            cause += (
+                ' Lower the learning rate, lengthen its warm-up or clip the gradients '
+                '(optim_wrapper.clip_grad).'
+            )
+        values = ', '.join(f'{name} {losses[name]}' for name in bad)
+        raise UserError(
+            f'The loss of iteration {runner.iter + 1} is not finite ({values}). {cause}'
+        )
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        name = first_not_finite(checkpoint['state_dict'].items())
+        if name is not None:
+            raise UserError(
+                f'{name} has become nan or infinity by iteration {runner.iter}: the '
+                'training diverged, and no checkpoint of that is written. Lower the '
+                'learning rate, lengthen its warm-up or clip the gradients '
+                '(optim_wrapper.clip_grad), and resume from the checkpoint before.'
+            )
