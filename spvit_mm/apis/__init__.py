@@ -1,6 +1,6 @@
 """What the command lines call: options, configs, training, testing, export."""
 
-from .cli import ArgumentParser, add_cfg_options, building, run_cli
+from .cli import ArgumentParser, add_cfg_options, building, device, run_cli
 from .complexity import attention_flops, register_flop_counter
 from .configs import (
     build_model,
@@ -8,6 +8,7 @@ from .configs import (
     image_shape,
     load_config,
     load_trained_model,
+    load_whole,
     scope_of,
 )
 from .runner import build_runner, distribute_on_cpu
@@ -31,6 +32,7 @@ __all__ = [
     'build_trainer',
     'building',
     'check_checkpoint',
+    'device',
     'distribute_on_cpu',
     'find_resume_checkpoint',
     'image_shape',
@@ -38,6 +40,7 @@ __all__ = [
     'load_model',
     'load_samples',
     'load_trained_model',
+    'load_whole',
     'merge_test_args',
     'merge_train_args',
     'parse_test_args',

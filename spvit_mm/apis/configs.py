@@ -12,7 +12,12 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 
 from ..engine.hooks.load_report import reporting_loads
-from ..utils import UserError, check_checkpoint_file, describe_error
+from ..utils import (
+    UserError,
+    check_checkpoint_file,
+    describe_error,
+    first_not_finite,
+)
 from .cli import building
 
 
@@ -124,6 +129,25 @@ def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, d
     """
     check_checkpoint(checkpoint)
     model = build_model(cfg)
+    loaded = load_whole(model, checkpoint)
+    return model.eval(), loaded
+
+
+def load_whole(model: torch.nn.Module, checkpoint: str) -> dict:
+    """Load a checkpoint that must fit a model in every name and shape.
+
+    Args:
+        model (nn.Module): The model.
+        checkpoint (str): Path or address of the checkpoint.
+
+    Returns:
+        dict: The checkpoint.
+
+    Raises:
+        UserError: For a checkpoint that cannot be used, fits only in part or not at
+            all, or whose weights are not finite; with what is wrong.
+    """
+    check_checkpoint(checkpoint)
     loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
     state_dict = loaded.get('state_dict', loaded)
     state_dict = {name.removeprefix('module.'): v for name, v in state_dict.items()}
@@ -139,4 +163,7 @@ def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, d
         raise
     except ValueError as error:  # a model refuses what it knows, such as a deploy form
         raise UserError(f'{checkpoint} does not fit this model: {error}') from error
-    return model.eval(), loaded
+    name = first_not_finite(model.state_dict().items())
+    if name is not None:
+        raise UserError(f'{checkpoint} holds nan or infinity, first in {name}.')
+    return loaded
