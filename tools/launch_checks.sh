@@ -21,10 +21,17 @@ check_processes() {
     [[ ${NNODES:-1} =~ ^[1-9][0-9]*:[1-9][0-9]*$ ]] || check_number NNODES "${NNODES:-1}" 1
     check_number NODE_RANK "${NODE_RANK:-0}" 0
     check_number PORT "${PORT:-29500}" 1
-    if ((10#${NODE_RANK:-0} == 0)) && ! python -c 'import socket, sys
+    local reason
+    # The first machine listens there. Binding disturbs nobody, connecting might.
+    if ((10#${NODE_RANK:-0} == 0)) && ! reason=$(python -c 'import os, socket, sys
 with socket.socket() as s:
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    s.bind(("", int(sys.argv[1])))' "${PORT:-29500}" 2> /dev/null; then
-        fail "the port ${PORT:-29500} is in use, perhaps by another training. Choose another: PORT=29501 $0 ..."
+    try:
+        s.bind(("", int(sys.argv[1])))
+    except OSError as error:
+        sys.exit(os.strerror(error.errno))
+    except OverflowError:
+        sys.exit("the last is 65535")' "${PORT:-29500}" 2>&1); then
+        fail "the port ${PORT:-29500} cannot be used: $reason. Choose another: PORT=29501 $0 ..."
     fi
 }

@@ -1,6 +1,6 @@
 """What the command lines call: options, configs, training, testing, export."""
 
-from .cli import ArgumentParser, add_cfg_options, building, device, run_cli
+from .cli import ArgumentParser, add_cfg_options, building, device_name, run_cli
 from .complexity import attention_flops, register_flop_counter
 from .configs import (
     build_model,
@@ -32,7 +32,7 @@ __all__ = [
     'build_trainer',
     'building',
     'check_checkpoint',
-    'device',
+    'device_name',
     'distribute_on_cpu',
     'find_resume_checkpoint',
     'image_shape',

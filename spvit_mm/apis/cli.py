@@ -98,7 +98,7 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f'--cfg-options takes key=value pairs ({error})')
 
 
-def device(name: str) -> str:
+def device_name(name: str) -> str:
     """The type of an option that takes a device; refuses one that is not there."""
     try:
         wanted = torch.device(name)

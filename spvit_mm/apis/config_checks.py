@@ -77,8 +77,12 @@ def check_config(cfg: Config, *entries: str) -> None:
             _check_number(cfg, path, smallest)
     # The other parts are built before the data, and so blamed for themselves.
     late = {name: used[name] for name in used if name not in BUILT_FIRST}
+    foreign = ()
     for path, key, value in _walk(late):
-        if key in REGISTRIES:
+        # Its transforms are albumentations' own.
+        if isinstance(value, dict) and 'Albu' in str(value.get('type')):
+            foreign += (f'{path}.',)
+        if key in REGISTRIES and not path.startswith(foreign):
             _check_names(path, value, REGISTRIES[key], scope_of(cfg))
     if 'model' in used:
         _check_classes(cfg, used)

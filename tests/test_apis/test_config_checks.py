@@ -52,6 +52,7 @@ def test_names_of_classes_and_of_registered_parts():
                         pipeline=[
                             dict(type='mmcv.LoadImageFromFile'),
                             dict(type=Own),
+                            dict(type='Albumentations', transforms=[dict(type='Blur')]),
                             dict(
                                 type='RandomApply', transforms=dict(type='RandomFlip')
                             ),

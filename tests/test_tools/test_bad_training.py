@@ -427,9 +427,15 @@ CASES = [
     ),
     Case(
         'a port in use',
-        'is in use, perhaps by another training. Choose another: PORT=29501',
+        'cannot be used: Address already in use. Choose another: PORT=29501',
         prepare=port_in_use,
         tool='dist_train.sh c.py 2',
+    ),
+    Case(
+        'a port beyond the last',
+        'the port 70000 cannot be used: the last is 65535. Choose another:',
+        tool='dist_train.sh c.py 2',
+        environment={'PORT': '70000'},
     ),
     Case(
         'a number of CPUs that is none, for Slurm',

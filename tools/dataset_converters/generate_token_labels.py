@@ -2,7 +2,7 @@
 
 from mmpretrain import get_model
 
-from spvit_mm.apis import ArgumentParser, building, device, load_whole, run_cli
+from spvit_mm.apis import ArgumentParser, building, device_name, load_whole, run_cli
 from spvit_mm.datasets.teacher import generate_token_labels
 
 
@@ -30,7 +30,7 @@ def parse_args(argv):
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--num-workers', type=int, default=2)
     parser.add_argument(
-        '--device', type=device, default='cpu', help='cpu, cuda, cuda:1, ...'
+        '--device', type=device_name, default='cpu', help='cpu, cuda, cuda:1, ...'
     )
     parser.add_argument(
         '--preview',

@@ -91,7 +91,7 @@ class FiniteHook(Hook):
         )
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        name = first_not_finite(checkpoint['state_dict'].items())
+        name = first_not_finite(checkpoint.get('state_dict', {}).items())
         if name is not None:
             raise UserError(
                 f'{name} has become nan or infinity by iteration {runner.iter}: the '
