@@ -1,10 +1,11 @@
 """What the command lines call: options, configs, training, testing, export."""
 
-from .cli import ArgumentParser, add_cfg_options, building, device_name, run_cli
+from .cli import ArgumentParser, add_cfg_options, building, run_cli
 from .complexity import attention_flops, register_flop_counter
 from .configs import (
     build_model,
     check_checkpoint,
+    check_device,
     image_shape,
     load_config,
     load_trained_model,
@@ -32,7 +33,7 @@ __all__ = [
     'build_trainer',
     'building',
     'check_checkpoint',
-    'device_name',
+    'check_device',
     'distribute_on_cpu',
     'find_resume_checkpoint',
     'image_shape',

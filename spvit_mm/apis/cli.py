@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Optional
 
-import torch
 import torch.distributed as dist
 from mmengine.config import DictAction
 
@@ -96,21 +95,6 @@ class ArgumentParser(argparse.ArgumentParser):
             return super().parse_args(args, namespace)
         except ValueError as error:
             self.error(f'--cfg-options takes key=value pairs ({error})')
-
-
-def device_name(name: str) -> str:
-    """The type of an option that takes a device; refuses one that is not there."""
-    try:
-        wanted = torch.device(name)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(
-            f'{name!r} is no device; cpu, cuda and cuda:1 are such.'
-        ) from error
-    if wanted.type == 'cuda' and (wanted.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f'there is no {name!r}: torch sees {torch.cuda.device_count()} GPUs here.'
-        )
-    return name
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:

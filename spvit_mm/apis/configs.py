@@ -92,6 +92,19 @@ def build_model(cfg: Config) -> torch.nn.Module:
         return MODELS.build(settings)
 
 
+def check_device(name: str) -> None:
+    """Raise a UserError for the name of a device that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f'{name!r} is no device; cpu, cuda and cuda:1 are.') from error
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f'There is no device {name!r}: torch sees {torch.cuda.device_count()} GPUs '
+            'here.'
+        )
+
+
 def check_checkpoint(path: str) -> None:
     """Raise a UserError for a path that is not a whole checkpoint file.
 

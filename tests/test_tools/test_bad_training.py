@@ -531,8 +531,9 @@ CASES = [
     ),
     Case(
         'a GPU that is not there',
-        "there is no 'cuda:99': torch sees",
+        "There is no device 'cuda:99': torch sees",
         arguments='--device cuda:99',
+        prepare=good_weights,
         tool=f'{LABEL} data/train maps',
     ),
     # segmentation

@@ -2,7 +2,14 @@
 
 from mmpretrain import get_model
 
-from spvit_mm.apis import ArgumentParser, building, device_name, load_whole, run_cli
+from spvit_mm.apis import (
+    ArgumentParser,
+    building,
+    check_checkpoint,
+    check_device,
+    load_whole,
+    run_cli,
+)
 from spvit_mm.datasets.teacher import generate_token_labels
 
 
@@ -29,9 +36,7 @@ def parse_args(argv):
     )
     parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--num-workers', type=int, default=2)
-    parser.add_argument(
-        '--device', type=device_name, default='cpu', help='cpu, cuda, cuda:1, ...'
-    )
+    parser.add_argument('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
     parser.add_argument(
         '--preview',
         type=int,
@@ -44,6 +49,8 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
+    check_device(args.device)
+    check_checkpoint(args.checkpoint)
     with building(f'The teacher {args.config}'):
         model = get_model(args.config)
     load_whole(model, args.checkpoint)
