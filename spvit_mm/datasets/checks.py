@@ -247,7 +247,8 @@ def check_masks(dataset, split: str, num_classes: Optional[int] = None) -> None:
             checked for None, and for 1.
 
     Raises:
-        UserError: If all masks hold one class and ignored pixels, or these alone.
+        UserError: If all masks hold one class and ignored pixels, or these alone. Of
+            more than ``MAX_MASKS`` only so many are looked at, and a warning is all.
     """
     for leaf in _leaves(dataset):
         loading = [
@@ -270,12 +271,16 @@ def check_masks(dataset, split: str, num_classes: Optional[int] = None) -> None:
             if getattr(leaf, 'reduce_zero_label', False):
                 shown += ' after reduce_zero_label'
             which = 'All masks' if step == 1 else f'{MAX_MASKS} of the masks'
-            raise UserError(
+            message = (
                 f'{which} of the {split} data, {_where(leaf)}, hold '
                 f'{shown} alone, where {IGNORED} is ignored: there is nothing to '
                 'tell apart. The value of a pixel is its class, counted from 0: a mask '
                 'of 0 and 255, black and white, is to hold 0 and 1.'
             )
+            if step == 1:
+                raise UserError(message)
+            # The others may hold what is rare.
+            print_log(message, logger='current', level=logging.WARNING)
 
 
 def _values(values) -> str:

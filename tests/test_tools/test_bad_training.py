@@ -85,6 +85,12 @@ def nan_weights(project):
     project.save(state_dict)
 
 
+def huge_weights(project):
+    state_dict = project.weights()
+    state_dict['head.layers.head.weight'].fill_(3e38)
+    project.save(state_dict)
+
+
 def foreign_weights(project):
     project.save({'conv.weight': torch.zeros(3)})
 
@@ -216,6 +222,12 @@ CASES = [
         'a checkpoint with nan, tested',
         'backbone.layers.0.attn.prior.w1 holds nan or infinity before the first step.',
         prepare=nan_weights,
+        tool=TEST,
+    ),
+    Case(
+        'scores that overflow, of finite weights',
+        'data/val/a/0.png hold nan or infinity, and the weights do not',
+        prepare=huge_weights,
         tool=TEST,
     ),
     Case(

@@ -7,13 +7,23 @@ from mmpretrain.registry import HOOKS
 from ...utils import UserError, first_not_finite, unwrap_model
 
 
+def _path(sample, number: int) -> str:
+    return getattr(sample, 'img_path', None) or f'image {number}'
+
+
+def _scores(sample):
+    """What a classifier or a segmentor says of an image, None for others."""
+    logits = getattr(getattr(sample, 'seg_logits', None), 'data', None)
+    return getattr(sample, 'pred_score', logits)
+
+
 def _named_images(data_batch: Optional[dict]):
     """The images of a batch as they were loaded, each with its path or number."""
     batch = data_batch if isinstance(data_batch, dict) else {}
     images, samples = batch.get('inputs', ()), batch.get('data_samples') or ()
     for i, image in enumerate(images):
         sample = samples[i] if i < len(samples) else None
-        yield getattr(sample, 'img_path', None) or f'image {i}', image
+        yield _path(sample, i), image
 
 
 @HOOKS.register_module()
@@ -24,12 +34,13 @@ class FiniteHook(Hook):
     weights is tested to an accuracy of chance.
 
     The losses are read where mmengine has logged them, so that an accelerator is waited
-    for no more often than without this hook. The weights are looked at after they were
-    loaded and before each checkpoint, which then is not written: the last good one
-    stays the latest.
+    for no more often in training than without this hook. The weights are looked at after
+    they were loaded and before each checkpoint, which then is not written: the last good
+    one stays the latest. The scores of validation and testing are looked at, too.
 
     Raises:
-        UserError: It names the loss, or the first weight or image that is not finite.
+        UserError: It names the loss, or the first weight or image that is not finite or
+            has such scores.
     """
 
     def before_train(self, runner) -> None:
@@ -89,6 +100,27 @@ class FiniteHook(Hook):
         raise UserError(
             f'The loss of iteration {runner.iter + 1} is not finite ({values}). {cause}'
         )
+
+    def after_val_iter(
+        self,
+        runner,
+        batch_idx: int,
+        data_batch: Optional[dict] = None,
+        outputs: Optional[list] = None,
+    ) -> None:
+        # The evaluator, which comes first, has fetched them.
+        scores = (
+            (_path(sample, i), _scores(sample)) for i, sample in enumerate(outputs)
+        )
+        where = first_not_finite(scores)
+        if where is not None:
+            raise UserError(
+                f'The scores of {where} hold nan or infinity, and the weights do not: '
+                'a number in between was too large. Test without --amp, or take an '
+                'earlier checkpoint.'
+            )
+
+    after_test_iter = after_val_iter
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         name = first_not_finite(checkpoint.get('state_dict', {}).items())
