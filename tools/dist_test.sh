@@ -12,6 +12,8 @@ CONFIG=$1
 CHECKPOINT=$2
 GPUS=$3
 TOOLS=$(dirname "$0")
+source "$TOOLS/launch_checks.sh"
+check_processes "$GPUS"
 
 PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" exec python -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \

@@ -11,6 +11,8 @@ fi
 CONFIG=$1
 GPUS=$2
 TOOLS=$(dirname "$0")
+source "$TOOLS/launch_checks.sh"
+check_processes "$GPUS"
 
 PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" exec python -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \

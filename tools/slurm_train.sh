@@ -13,6 +13,10 @@ JOB_NAME=$2
 CONFIG=$3
 WORK_DIR=$4
 TOOLS=$(dirname "$0")
+source "$TOOLS/launch_checks.sh"
+check_number GPUS "${GPUS:-8}" 1
+check_number GPUS_PER_NODE "${GPUS_PER_NODE:-8}" 1
+check_number CPUS_PER_TASK "${CPUS_PER_TASK:-5}" 1
 # Several arguments in one variable: split at the spaces.
 read -r -a SRUN_ARGS_LIST <<< "${SRUN_ARGS:-}"
 

@@ -7,4 +7,6 @@ default_hooks = dict(
     checkpoint=dict(type='AtomicCheckpointHook', interval=1),
     # a resumed run ends with the weights of an uninterrupted one
     random_state=dict(type='RandomStateHook'),
+    # stops at a loss or weight that is nan
+    finite=dict(type='FiniteHook'),
 )

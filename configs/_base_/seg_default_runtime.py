@@ -9,6 +9,7 @@ default_hooks = dict(
         type='mmpretrain.AtomicCheckpointHook', by_epoch=False, interval=16000
     ),
     random_state=dict(type='mmpretrain.RandomStateHook'),
+    finite=dict(type='mmpretrain.FiniteHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )

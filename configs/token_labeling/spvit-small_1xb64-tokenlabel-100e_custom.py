@@ -5,6 +5,10 @@
 _base_ = './spvit-small_8xb128-tokenlabel-300e_in1k.py'
 
 num_classes = 2
+extensions = [
+    *('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif'),
+    *('.tiff', '.webp', '.jp2'),
+]
 
 model = dict(head=dict(num_classes=num_classes))
 data_preprocessor = dict(num_classes=num_classes)
@@ -12,7 +16,10 @@ train_dataloader = dict(
     batch_size=64,
     dataset=dict(
         dataset=dict(
-            _delete_=True, type='CustomDataset', data_prefix='data/custom/train'
+            _delete_=True,
+            type='CustomDataset',
+            data_prefix='data/custom/train',
+            extensions=extensions,
         ),
         label_root='data/custom/token_labels',
     ),
@@ -23,6 +30,7 @@ val_dataloader = dict(
         _delete_=True,
         type='CustomDataset',
         data_prefix='data/custom/val',
+        extensions=extensions,
         pipeline=_base_.test_pipeline,
     ),
 )

@@ -12,9 +12,11 @@ from .complexity import attention_flops, register_flop_counter
 from .configs import (
     build_model,
     check_checkpoint,
+    check_device,
     image_shape,
     load_config,
     load_trained_model,
+    load_whole,
     scope_of,
 )
 from .runner import build_runner, distribute_on_cpu
@@ -37,6 +39,7 @@ __all__ = [
     'build_trainer',
     'building',
     'check_checkpoint',
+    'check_device',
     'distribute_on_cpu',
     'find_resume_checkpoint',
     'image_shape',
@@ -44,6 +47,7 @@ __all__ = [
     'load_model',
     'load_samples',
     'load_trained_model',
+    'load_whole',
     'merge_test_args',
     'merge_train_args',
     'parse_test_args',

@@ -11,7 +11,13 @@ from mmengine.runner.checkpoint import load_state_dict
 from spvit_mm_cli import checkpoint_problem
 
 from ..engine.hooks.load_report import reporting_loads
-from ..utils import UserError, check_checkpoint_file, describe_error, safe_loader
+from ..utils import (
+    UserError,
+    check_checkpoint_file,
+    describe_error,
+    first_not_finite,
+    safe_loader,
+)
 from .cli import building
 
 
@@ -86,6 +92,19 @@ def build_model(cfg: Config) -> torch.nn.Module:
         return MODELS.build(settings)
 
 
+def check_device(name: str) -> None:
+    """Raise a UserError for the name of a device that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f'{name!r} is no device; cpu, cuda and cuda:1 are.') from error
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f'There is no device {name!r}: torch sees {torch.cuda.device_count()} GPUs '
+            'here.'
+        )
+
+
 def check_checkpoint(path: str) -> None:
     """Raise a UserError for a path that is not a whole checkpoint file.
 
@@ -117,6 +136,25 @@ def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, d
     """
     check_checkpoint(checkpoint)
     model = build_model(cfg)
+    loaded = load_whole(model, checkpoint)
+    return model.eval(), loaded
+
+
+def load_whole(model: torch.nn.Module, checkpoint: str) -> dict:
+    """Load a checkpoint that must fit a model in every name and shape.
+
+    Args:
+        model (nn.Module): The model.
+        checkpoint (str): Path or address of the checkpoint.
+
+    Returns:
+        dict: The checkpoint.
+
+    Raises:
+        UserError: For a checkpoint that cannot be used, fits only in part or not at
+            all, or whose weights are not finite; with what is wrong.
+    """
+    check_checkpoint(checkpoint)
     with safe_loader(trust=None):
         loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
     state_dict = loaded.get('state_dict', loaded)
@@ -133,4 +171,7 @@ def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, d
         raise
     except ValueError as error:  # a model refuses what it knows, such as a deploy form
         raise UserError(f'{checkpoint} does not fit this model: {error}') from error
-    return model.eval(), loaded
+    name = first_not_finite(model.state_dict().items())
+    if name is not None:
+        raise UserError(f'{checkpoint} holds nan or infinity, first in {name}.')
+    return loaded

@@ -12,9 +12,16 @@ from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import BaseLoop, Runner
 
 from ..datasets.checks import naming_empty_data
-from ..utils import UserError
+from ..utils import UserError, make_writable
 from .cli import building
 from .configs import scope_of
+
+# What each launcher tells its processes, and what starts them.
+LAUNCHERS = {
+    'pytorch': ('RANK', 'tools/dist_train.sh or tools/dist_test.sh'),
+    'slurm': ('SLURM_PROCID', 'tools/slurm_train.sh or tools/slurm_test.sh'),
+    'mpi': ('OMPI_COMM_WORLD_LOCAL_RANK', 'mpirun'),
+}
 
 
 def merge_common_args(cfg: Config, args, needed: tuple) -> None:
@@ -39,15 +46,43 @@ def merge_common_args(cfg: Config, args, needed: tuple) -> None:
     elif cfg.get('work_dir') is None:
         name = osp.splitext(osp.basename(args.config))[0]
         cfg.work_dir = osp.join('./work_dirs', name)
+    if not isinstance(cfg.work_dir, str) or not cfg.work_dir.strip():
+        raise UserError(
+            f'--work-dir (work_dir of the config) must name a folder, got '
+            f'{cfg.work_dir!r}.'
+        )
     if osp.exists(cfg.work_dir) and not osp.isdir(cfg.work_dir):
         raise UserError(f'The work dir {cfg.work_dir} is a file, not a folder.')
 
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
+    check_launcher(args.launcher)
+
+
+def check_launcher(launcher: str) -> None:
+    """Raise a UserError for a launcher that has not started this process.
+
+    And for one of more processes than there are GPUs on this machine. The processes of
+    ``pytorch`` may do without any.
+    """
+    if launcher == 'none':
+        return
+    variable, starter = LAUNCHERS[launcher]
+    if variable not in os.environ:
         raise UserError(
-            '--launcher pytorch needs processes that torch.distributed.run has '
-            'started. Use tools/dist_train.sh or tools/dist_test.sh.'
+            f'--launcher {launcher} is for processes that it has started: {variable} '
+            f'is not set. Use {starter}.'
+        )
+    if get_device() == 'cpu' and launcher != 'pytorch':
+        raise UserError(
+            f'--launcher {launcher} needs GPUs, and torch sees none here. '
+            'tools/dist_train.sh runs several processes without GPUs.'
+        )
+    rank = int(os.environ['LOCAL_RANK'])
+    if get_device() == 'cuda' and rank >= torch.cuda.device_count():
+        raise UserError(
+            f'There are more processes than the {torch.cuda.device_count()} GPUs that '
+            f'torch sees here: this is number {rank}, counted from 0.'
         )
 
 
@@ -109,8 +144,9 @@ def distribute_on_cpu(cfg: Config) -> None:
 
 def build_runner(cfg: Config) -> Runner:
     """Build the runner of a config; mistakes in it are UserErrors."""
-    distribute_on_cpu(cfg)
+    make_writable(cfg.work_dir, 'The work dir')
     with building(f'What {cfg.filename} describes'):
+        distribute_on_cpu(cfg)
         if 'runner_type' in cfg:
             return RUNNERS.build(cfg)
         return Runner.from_cfg(cfg)

@@ -11,8 +11,9 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmpretrain.engine import VisualizationHook
 
-from ..engine.hooks import DataCheckHook, LoadReportHook
-from ..utils import UserError
+from ..engine.hooks import DataCheckHook, FiniteHook, LoadReportHook
+from ..utils import UserError, make_writable
+from .config_checks import check_config
 from .configs import check_checkpoint, scope_of
 from .runner import (
     add_hook,
@@ -22,6 +23,12 @@ from .runner import (
     merge_common_args,
     set_dataloader_defaults,
     show_progress,
+)
+
+# What testing reads of a config.
+ENTRIES = (
+    *('model', 'data_preprocessor', 'test_cfg', 'test_dataloader', 'test_evaluator'),
+    *('default_hooks', 'custom_hooks'),
 )
 
 
@@ -34,6 +41,7 @@ def merge_test_args(cfg: Config, args: argparse.Namespace) -> Config:
     needed = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
     merge_common_args(cfg, args, needed)
     init_default_scope(scope_of(cfg))
+    check_config(cfg, *ENTRIES)
     check_checkpoint(args.checkpoint)
     cfg.load_from = args.checkpoint
     cfg.resume = False
@@ -49,10 +57,13 @@ def merge_test_args(cfg: Config, args: argparse.Namespace) -> Config:
             raise UserError(f'--out must end in .pkl, got {args.out}.')
         if not isinstance(cfg.test_evaluator, dict):
             raise UserError('--out with a folder needs a single test_evaluator.')
+        make_writable(args.out, '--out')
         cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
         args.out = None
     if args.out is not None and osp.isdir(args.out):
         raise UserError(f'--out must be a file, and {args.out} is a folder.')
+    if args.out is not None:
+        make_writable(osp.dirname(osp.abspath(args.out)), '--out: the folder')
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir is not None:
@@ -63,10 +74,13 @@ def merge_test_args(cfg: Config, args: argparse.Namespace) -> Config:
                 'once with each.'
             )
         _set_visualization(cfg, args)
+    if args.show_dir is not None:
+        make_writable(args.show_dir, '--show-dir')
     if args.tta:
         _set_tta(cfg)
     set_dataloader_defaults(cfg, args, ('test_dataloader',))
     add_hook(cfg, LoadReportHook, partial='warn' if args.allow_partial else 'error')
+    add_hook(cfg, FiniteHook)
     add_hook(cfg, DataCheckHook)
     return cfg
 

@@ -12,9 +12,10 @@ from mmengine.model.weight_init import PretrainedInit
 from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
-from ..engine.hooks import DataCheckHook, LoadReportHook
+from ..engine.hooks import DataCheckHook, FiniteHook, LoadReportHook
 from ..utils import UserError, unwrap_model
 from .cli import building
+from .config_checks import check_config
 from .configs import check_checkpoint
 from .runner import (
     add_hook,
@@ -25,6 +26,12 @@ from .runner import (
     show_progress,
 )
 
+# What training reads of a config.
+ENTRIES = (
+    *('model', 'data_preprocessor', 'train_cfg', 'train_dataloader', 'optim_wrapper'),
+    *('param_scheduler', 'val_cfg', 'val_dataloader', 'val_evaluator'),
+    *('default_hooks', 'custom_hooks'),
+)
 # Where mmengine's AmpOptimWrapper runs.
 SCALING_DEVICES = ('cuda', 'npu', 'mlu', 'musa')
 
@@ -39,6 +46,13 @@ def merge_train_args(cfg: Config, args: argparse.Namespace) -> Config:
     merge_common_args(cfg, args, needed)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    check_config(cfg, *ENTRIES)
+    if (cfg.model.get('backbone') or {}).get('deploy'):
+        raise UserError(
+            'model.backbone.deploy=True is for testing: its priors are constants, '
+            'which do not learn. Leave it out, and fold the priors of what was trained '
+            'with tools/model_converters/reparameterize_model.py.'
+        )
     _set_precision(cfg.optim_wrapper, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
@@ -58,6 +72,7 @@ def merge_train_args(cfg: Config, args: argparse.Namespace) -> Config:
         check_checkpoint(cfg.load_from)
     set_dataloader_defaults(cfg, args, ('train_dataloader', 'val_dataloader'))
     add_hook(cfg, LoadReportHook)
+    add_hook(cfg, FiniteHook)
     corrupt = {'corrupt_images': 'skip'} if args.skip_corrupt_images else {}
     add_hook(cfg, DataCheckHook, **corrupt)
     return cfg

@@ -4,7 +4,9 @@ What torch, mmengine and the data sets themselves say clearly is left to them.
 """
 
 import logging
+import os
 import os.path as osp
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,13 +14,19 @@ from typing import Optional
 
 import numpy as np
 import torch
+import torch.nn as nn
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
 from mmengine.logging import print_log
 from mmengine.utils import to_2tuple
+from PIL import Image, UnidentifiedImageError
 
+from ..models import SPViT
 from ..utils import CorruptImageError, UserError
 
 MAX_LABELS = 20000
+# Larger folders are not listed a second time, and not more masks looked at.
+MAX_FILES = 100000
+MAX_MASKS = 2000
 IGNORED = 255  # in masks
 
 
@@ -88,13 +96,15 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
     Raises:
         UserError: For no images; for images of a single class; for labels that the
             head does not have, of which testing says nothing and CUDA nothing clear;
-            for masks that are missing. It names the folder or the files.
+            for masks that are missing; for segmentation data of another number of
+            classes than the head. It names the folder or the files.
     """
     for leaf in _leaves(dataset):
         if len(leaf) == 0:
             raise UserError(f'The {split} data, {_where(leaf)}, holds no images.')
         if hasattr(leaf, 'seg_map_suffix') and not leaf.backend_args:
             _check_files(leaf, split)
+        _check_class_count(leaf, split, num_classes)
         labels = _labels(leaf)
         if labels is None:
             continue
@@ -114,6 +124,21 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
                 f'{num_classes - 1}). Set model.head.num_classes to the number of '
                 'classes.'
             )
+
+
+def _check_class_count(dataset, split: str, num_classes: Optional[int]) -> None:
+    classes = dataset.metainfo.get('classes')
+    segments = hasattr(dataset, 'seg_map_suffix') and classes is not None
+    # The metric of segmentation counts the classes of the data, and leaves out others.
+    count = len(classes) if segments else getattr(dataset, 'num_classes', None)
+    if count is None or num_classes is None:
+        return
+    if count > num_classes or (segments and count != num_classes):
+        raise UserError(
+            f'The {split} data, {_where(dataset)}, is of {count} classes and the head of '
+            f'the model of num_classes={num_classes}. Set num_classes of the heads, or '
+            'metainfo.classes of the data set, so that they are equal.'
+        )
 
 
 def _check_files(dataset, split: str) -> None:
@@ -154,6 +179,186 @@ def check_same_classes(training, other, split: str) -> None:
         )
 
 
+def describe_left_out(dataset, split: str) -> str:
+    """Say which files of an image folder a data set does not read.
+
+    Those with endings that it does not take, and links to files that are gone, would be
+    left out without a word. Folders of more than ``MAX_FILES`` images, annotation files
+    and folders on other machines are not looked into.
+
+    Args:
+        dataset (Dataset): A built data set, or a wrapper of several.
+        split (str): What to call it: 'training', 'validation' or 'test'.
+
+    Returns:
+        str: A sentence for each data set that leaves any out; '' for none.
+    """
+    sentences = []
+    for leaf in _leaves(dataset):
+        kinds, example = Counter(), None
+        for path in _left_out(leaf):
+            kind = osp.splitext(path)[1].lower() or 'without an ending'
+            kinds['broken links' if not osp.exists(path) else kind] += 1
+            example = example or path
+        if kinds:
+            shown = ', '.join(f'{n} {kind}' for kind, n in kinds.most_common())
+            option = 'img_suffix' if hasattr(leaf, 'img_suffix') else 'extensions'
+            taken = getattr(leaf, option, '')
+            taken = taken if isinstance(taken, str) else ', '.join(sorted(taken))
+            sentences.append(
+                f'The {split} data, {_where(leaf)}, leaves out {sum(kinds.values())} '
+                f'files of its folders: {shown}, such as {example}. It reads {taken}; '
+                f'set `{option}` of the data set to read others, or convert them.'
+            )
+    return ' '.join(sentences)
+
+
+def _left_out(dataset) -> Iterator[str]:
+    """The files in the folders of a data set that are none of its images."""
+    listed = osp.isfile(str(getattr(dataset, 'ann_file', None) or ''))
+    chosen = getattr(dataset, '_indices', None) is not None
+    if listed or chosen or not 0 < len(dataset) <= MAX_FILES:
+        return
+    prefix = getattr(dataset, 'data_prefix', None)
+    root = prefix.get('img_path') if isinstance(prefix, dict) else None
+    if not root or not osp.isdir(root):
+        return
+    infos = (dataset.get_data_info(i) for i in range(len(dataset)))
+    taken = {osp.normpath(info.get('img_path', '')) for info in infos}
+    for folder in getattr(dataset, 'folder_to_idx', None) or ['']:
+        # As mmengine lists them: links to folders are followed.
+        for parent, _, names in os.walk(osp.join(root, folder), followlinks=True):
+            for name in sorted(names):
+                path = osp.normpath(osp.join(parent, name))
+                if path not in taken and not name.startswith('.'):
+                    yield path
+
+
+def check_masks(dataset, split: str, num_classes: Optional[int] = None) -> None:
+    """Raise an error for masks of which nothing is to be learned.
+
+    Masks are looked at until two classes were seen, which usually is in the first.
+
+    Args:
+        dataset (Dataset): A segmentation data set, its files guarded
+            (:func:`guard_files`), or a wrapper of several.
+        split (str): What to call it: 'training', 'validation' or 'test'.
+        num_classes (int, optional): Classes that the head tells apart. Nothing is
+            checked for None, and for 1.
+
+    Raises:
+        UserError: If all masks hold one class and ignored pixels, or these alone. Of
+            more than ``MAX_MASKS`` only so many are looked at, and a warning is all.
+    """
+    for leaf in _leaves(dataset):
+        loading = [
+            t
+            for t in _transforms(leaf)
+            if isinstance(t, GuardedLoading) and t.key == 'seg_map_path'
+        ]
+        if not loading or num_classes in (None, 1):
+            continue
+        seen = set()
+        step = -(-len(leaf) // MAX_MASKS)
+        for i in range(0, len(leaf), step):
+            mask = loading[0](leaf.get_data_info(i))['gt_seg_map']
+            seen.update(np.unique(mask).tolist())
+            # Testing one class can be wanted.
+            if len(seen - {IGNORED}) >= (1 if split == 'test' else 2):
+                break
+        else:
+            shown = _values(seen)
+            if getattr(leaf, 'reduce_zero_label', False):
+                shown += ' after reduce_zero_label'
+            which = 'All masks' if step == 1 else f'{MAX_MASKS} of the masks'
+            message = (
+                f'{which} of the {split} data, {_where(leaf)}, hold '
+                f'{shown} alone, where {IGNORED} is ignored: there is nothing to '
+                'tell apart. The value of a pixel is its class, counted from 0: a mask '
+                'of 0 and 255, black and white, is to hold 0 and 1.'
+            )
+            if step == 1:
+                raise UserError(message)
+            # The others may hold what is rare.
+            print_log(message, logger='current', level=logging.WARNING)
+
+
+def _values(values) -> str:
+    values = sorted(values)
+    return f'the value{"s" * (len(values) > 1)} {" and ".join(map(str, values))}'
+
+
+def check_heads(model) -> None:
+    """Raise an error for heads that do not fit the backbone or each other.
+
+    Raises:
+        UserError: For the head of a classifier that takes features of another width
+            than the SPViT gives; for heads of a segmentor that tell apart different
+            classes. It names the numbers.
+    """
+    width = getattr(getattr(model, 'head', None), 'in_channels', None)
+    backbone = getattr(model, 'backbone', None)
+    direct = isinstance(backbone, SPViT) and getattr(model, 'neck', None) is None
+    if direct and width not in (None, backbone.embed_dims):
+        raise UserError(
+            f'model.head.in_channels is {width}, and the backbone gives features of '
+            f'embed_dims={backbone.embed_dims}. Set in_channels to that.'
+        )
+    found = {}
+    for name in ('decode_head', 'auxiliary_head'):
+        heads = getattr(model, name, None)
+        heads = heads if isinstance(heads, nn.ModuleList) else [heads]
+        for i, head in enumerate(heads):
+            if getattr(head, 'num_classes', None) is not None:
+                key = f'{name}.{i}' if len(heads) > 1 else name
+                found[key] = head.num_classes
+    if len(set(found.values())) > 1:
+        shown = ', '.join(f'model.{name}.num_classes={n}' for name, n in found.items())
+        raise UserError(
+            f'The heads of the model tell apart different classes: {shown}. Give all '
+            'the number of classes.'
+        )
+
+
+def check_batch(model, batch: dict) -> None:
+    """Raise an error for an image that does not hold one patch of the backbone.
+
+    It would be padded to one, without a word.
+
+    Args:
+        model (nn.Module): A classifier or segmentor.
+        batch (dict): What the data loader gives: ``inputs``, of (C, h, w), and
+            ``data_samples``.
+
+    Raises:
+        UserError: It names the image.
+    """
+    patch = patch_size(model)
+    # Segmentation pads images to a size of its own.
+    pads = getattr(getattr(model, 'data_preprocessor', None), 'size', None)
+    if patch is None or pads is not None or not isinstance(batch, dict):
+        return
+    samples = batch.get('data_samples') or ()
+    for i, image in enumerate(batch.get('inputs', ())):
+        shape = tuple(getattr(image, 'shape', ()))[-2:]
+        if len(shape) == 2 and (shape[0] < patch[0] or shape[1] < patch[1]):
+            path = getattr(samples[i], 'img_path', None) if i < len(samples) else None
+            raise UserError(
+                f'The image {path or i} comes out of the pipeline with {shape[0]} x '
+                f'{shape[1]} pixels (h x w), smaller than one patch of the backbone, '
+                f'{patch[0]} x {patch[1]}. Look at the sizes in the pipeline.'
+            )
+
+
+def patch_size(model) -> Optional[tuple]:
+    """Height and width, in pixels, of one patch of the backbone, if it has patches."""
+    embed = getattr(getattr(model, 'backbone', None), 'patch_embed', None)
+    if getattr(embed, 'init_out_size', None) is None:
+        return None
+    sizes = zip(embed.init_input_size, embed.init_out_size, strict=True)
+    return tuple(-(-pixels // patches) for pixels, patches in sizes)
+
+
 def check_crops(model, *datasets) -> None:
     """Raise an error for a crop that does not hold one patch of the backbone.
 
@@ -164,11 +369,9 @@ def check_crops(model, *datasets) -> None:
     Raises:
         UserError: It names the crop.
     """
-    embed = getattr(getattr(model, 'backbone', None), 'patch_embed', None)
-    if getattr(embed, 'init_out_size', None) is None:
+    patch = patch_size(model)
+    if patch is None:
         return
-    sizes = zip(embed.init_input_size, embed.init_out_size, strict=True)
-    patch = tuple(-(-pixels // patches) for pixels, patches in sizes)
     test_cfg = getattr(model, 'test_cfg', None) or {}
     crops = {'model.test_cfg.crop_size': test_cfg.get('crop_size')}
     for dataset in datasets:
@@ -203,13 +406,41 @@ def _check_mask(results: dict, num_classes: int) -> None:
             f'image {results.get("img_path")} {shape[0]} x {shape[1]}. They must be of '
             'one size.'
         )
-    bad = np.setdiff1d(np.unique(mask), [*range(num_classes), IGNORED])
+    # As the values are in the file, of which mmsegmentation keeps the lowest 8 bits.
+    first = 1 if results.get('reduce_zero_label') else 0
+    bad = _deep_values(path)
+    if not bad.size:
+        bad = np.setdiff1d(np.unique(mask), [*range(num_classes), IGNORED]) + first
     if bad.size:
         raise CorruptImageError(
             f'The mask {path} holds the values {bad[:5].tolist()}, and the head has '
-            f'num_classes={num_classes} (values from 0 to {num_classes - 1}, and '
-            f'{IGNORED} to ignore). Set num_classes of the heads to the number of '
-            'classes, or reduce_zero_label=True in the data set if 0 means "no class".'
+            f'num_classes={num_classes} (values from {first} to '
+            f'{num_classes - 1 + first}, and {IGNORED} to ignore). Set num_classes of '
+            'the heads to the number of classes, or reduce_zero_label=True in the data '
+            'set if 0 means "no class".'
+        )
+
+
+def _deep_values(path: str) -> np.ndarray:
+    """Values above 255 of a mask file that can hold any."""
+    if not osp.isfile(path):  # on another machine
+        return np.empty(0, int)
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError:  # a format that another library has read
+        return np.empty(0, int)
+    with image:
+        if not image.mode.startswith(('I', 'F')):
+            return np.empty(0, int)
+        values = np.unique(np.asarray(image))
+    return values[values > 255]
+
+
+def _check_image(results: dict) -> None:
+    image = results['img']
+    if image.dtype.kind == 'f' and not np.isfinite(image).all():
+        raise CorruptImageError(
+            f'The image {results.get("img_path")} holds nan or infinity. Replace it.'
         )
 
 
@@ -247,7 +478,7 @@ class GuardedLoading:
             if self.skipped is None:
                 raise CorruptImageError(
                     f'{message} Replace the file or remove it from the data; training '
-                    'can leave images out with --skip-corrupt-images.'
+                    'can leave out its own images with --skip-corrupt-images.'
                 ) from error
             self.skipped += 1
             print_log(f'Left out. {message}', logger='current', level=logging.WARNING)
@@ -289,7 +520,9 @@ def guard_files(
         for i, transform in enumerate(transforms):
             if isinstance(transform, LoadImageFromFile):
                 count = skipped if may_skip else None
-                transforms[i] = GuardedLoading(transform, 'img_path', skipped=count)
+                transforms[i] = GuardedLoading(
+                    transform, 'img_path', _check_image, skipped=count
+                )
             elif isinstance(transform, LoadAnnotations) and has_masks:
                 check = partial(_check_mask, num_classes=num_classes)
                 transforms[i] = GuardedLoading(transform, 'seg_map_path', check)

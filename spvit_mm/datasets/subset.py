@@ -10,6 +10,11 @@ from mmpretrain.datasets.custom import get_samples
 from mmpretrain.registry import DATASETS
 
 MAX_LISTED = 10
+# CustomDataset's own, and what the decoders read beside these.
+EXTENSIONS = (
+    *('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif'),
+    *('.tiff', '.webp', '.jp2'),
+)
 
 
 @DATASETS.register_module()
@@ -29,6 +34,8 @@ class CustomSubsetDataset(CustomDataset):
         data_prefix (str | dict): The folder of the sub-folders. Defaults to ''.
         metainfo (dict, optional): Its ``classes`` may name the classes in the labels'
             order. Defaults to None: the folders' names.
+        extensions (Sequence[str]): Endings of the images. Defaults to ``EXTENSIONS``,
+            more than CustomDataset's.
         **kwargs: Of CustomDataset, but for ``ann_file`` and ``with_label``.
 
     Raises:
@@ -42,6 +49,7 @@ class CustomSubsetDataset(CustomDataset):
         data_root: str = '',
         data_prefix: Union[str, dict] = '',
         metainfo: Optional[dict] = None,
+        extensions: Sequence[str] = EXTENSIONS,
         **kwargs,
     ):
         for name in ('ann_file', 'with_label'):
@@ -59,7 +67,11 @@ class CustomSubsetDataset(CustomDataset):
                 f'has {len(self.class_folders)}.'
             )
         super().__init__(
-            data_root=data_root, data_prefix=data_prefix, metainfo=metainfo, **kwargs
+            data_root=data_root,
+            data_prefix=data_prefix,
+            metainfo=metainfo,
+            extensions=extensions,
+            **kwargs,
         )
 
     def _find_samples(self):

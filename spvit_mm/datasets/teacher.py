@@ -13,6 +13,8 @@ from mmpretrain.datasets import CustomDataset
 from torch.utils.data import DataLoader, Subset
 
 from ..utils import LabelMapError, UserError, new_figure, whole_file
+from .checks import patch_size
+from .subset import EXTENSIONS
 from .token_labels import (
     INFO_FILE,
     find_label_maps,
@@ -137,6 +139,12 @@ def generate_token_labels(
     for name, value in (('size', size), ('top_k', top_k), ('batch_size', batch_size)):
         if value < 1:
             raise UserError(f'`{name}` must be at least 1, got {value}.')
+    patch = patch_size(model)
+    if patch is not None and size < max(patch):
+        raise UserError(
+            f'`size` must hold one patch of the teacher, {patch[0]} x {patch[1]} '
+            f'pixels, got {size}.'
+        )
     if not osp.isdir(image_root):
         raise UserError(f'The folder of images {image_root!r} does not exist.')
     if osp.exists(label_root) and not osp.isdir(label_root):
@@ -154,6 +162,7 @@ def generate_token_labels(
     dataset = CustomDataset(
         data_prefix=image_root,
         with_label=False,
+        extensions=EXTENSIONS,
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(
@@ -190,7 +199,13 @@ def generate_token_labels(
     done = iter(todo)
     for data in loader:
         images = model.data_preprocessor(data, False)['inputs']
-        for label_map in make_label_map(teacher(images), top_k):
+        scores = teacher(images)
+        if not scores.isfinite().all():
+            raise UserError(
+                f'The teacher gives nan or infinity for one of {len(images)} images from '
+                f'{names[next(done)]} on. Look at data_preprocessor of its config.'
+            )
+        for label_map in make_label_map(scores, top_k):
             path = osp.join(label_root, names[next(done)])
             write_label_map(path, label_map, num_classes)
             if bar is not None:

@@ -2,6 +2,7 @@
 
 import numbers
 
+import numpy as np
 from mmengine.utils import to_2tuple
 
 
@@ -30,6 +31,13 @@ def check_int(name, value, low, high=None, note=''):
             f'`{name}` must be an integer {accepted}{note}, got {value!r}.'
         )
     return int(value)
+
+
+def check_flags(**flags):
+    """Raise a ValueError unless all are True or False: the text 'no' would be true."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f'`{name}` must be True or False, got {value!r}.')
 
 
 def check_sides(name, value):

@@ -17,7 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from ..utils import CheckpointError, safe_loader
 from .attention import SpatialPriorAttention, build_prior, evaluate_priors
 from .builder import resolve_type
-from .checks import check_choice, check_heads, check_int, check_sides, is_int
+from .checks import (
+    check_choice,
+    check_flags,
+    check_heads,
+    check_int,
+    check_sides,
+    is_int,
+)
 from .deploy import check_folded, check_grid, fold_priors
 from .embed import build_stem
 from .freezing import check_freezing, freeze
@@ -226,6 +233,16 @@ class SPViT(VisionTransformer):
             norm_cfg=norm_cfg,
             start=start,
         )
+        check_flags(
+            with_peg=settings['with_peg'],
+            qkv_bias=settings['qkv_bias'],
+            with_cp=with_cp,
+            with_cls_token=with_cls_token,
+            freeze_all_but_priors=freeze_all_but_priors,
+            final_norm=final_norm,
+            pre_norm=pre_norm,
+            deploy=deploy,
+        )
         self.arch_settings = settings
         self.embed_dims = settings['embed_dims']
         self.num_layers = settings['num_layers']
@@ -247,12 +264,18 @@ class SPViT(VisionTransformer):
         if init_cfg is None and settings['start'] == 'released':
             self.init_cfg = dict(type='TruncNormal', layer='Linear', std=0.02)
 
+        patch_size = check_sides('patch_size', patch_size)
+        if any(a < b for a, b in zip(self.img_size, patch_size, strict=True)):
+            raise ValueError(
+                f'`img_size` must hold at least one patch, got {self.img_size} and '
+                f'patch_size={patch_size}.'
+            )
         self.patch_embed = build_stem(
             settings['stem'],
             in_channels=in_channels,
             embed_dims=self.embed_dims,
             img_size=img_size,
-            patch_size=check_sides('patch_size', patch_size),
+            patch_size=patch_size,
             bias=not pre_norm,  # as in CLIP, whose norm follows at once
             patch_cfg=patch_cfg,
         )
@@ -313,6 +336,8 @@ class SPViT(VisionTransformer):
         assert complete, f'Custom arch needs a dict with keys {essential}'
         given = {name: value for name, value in given.items() if value is not None}
         settings = {**self.DEFAULTS, **arch, **given}
+        for name in sorted(essential):
+            check_int(name, settings[name], 0 if name == 'num_layers' else 1)
         check_heads(settings['embed_dims'], settings['num_heads'])
         check_choice('start', settings['start'], self.STARTS)
         if not settings['skip_scale'] > 0:
@@ -334,6 +359,8 @@ class SPViT(VisionTransformer):
         assert isinstance(out_indices, (list, tuple)), (
             f'"out_indices" must by a sequence or int, get {type(out_indices)} instead.'
         )
+        if not out_indices:
+            raise ValueError('`out_indices` must name at least one layer, got none.')
         for index in out_indices:
             is_layer = is_int(index) and -self.num_layers <= index < self.num_layers
             assert is_layer, (

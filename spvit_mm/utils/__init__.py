@@ -15,7 +15,8 @@ from .errors import (
     describe_error,
 )
 from .figures import figure_to_image, new_figure
-from .files import check_new_file, prepare_picture, whole_file
+from .files import check_new_file, make_writable, prepare_picture, whole_file
+from .finite import first_not_finite
 from .modules import unwrap_model
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     'check_new_file',
     'describe_error',
     'figure_to_image',
+    'first_not_finite',
+    'make_writable',
     'new_figure',
     'prepare_picture',
     'read_checkpoint',

@@ -2,6 +2,7 @@
 
 import os
 import os.path as osp
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -56,6 +57,26 @@ def prepare_picture(path: str, suffixes: tuple = ('.png',)) -> str:
     except OSError as error:
         raise UserError(f'The folder {folder} cannot be made: {error}.') from error
     return path
+
+
+def make_writable(folder: str, what: str) -> None:
+    """Make a folder, if there is none, and see that files can be written to it.
+
+    Args:
+        folder (str): The folder.
+        what (str): What it is, for the message, such as 'The work dir'.
+
+    Raises:
+        UserError: If it cannot be made, or nothing can be written to it.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f'{what} {folder} cannot be written to: {error.strerror}.'
+        ) from error
 
 
 @contextmanager

@@ -11,6 +11,10 @@ from mmengine.visualization import Visualizer
 from mmpretrain.registry import HOOKS, METRICS, MODELS, PARAM_SCHEDULERS
 from PIL import Image
 
+from spvit_mm.apis import test, train
+from spvit_mm.apis.config_checks import check_config
+from spvit_mm.datasets.subset import EXTENSIONS
+
 from .small import PATHS, ROOT, names, read, shrink
 
 CLASSIFIERS = [*names('classification'), *names('token_labeling')]
@@ -62,6 +66,11 @@ def test_a_config_is_what_its_name_says(name):
         assert cfg.model.backbone.get('img_size', height) == height
     # It opens every log.
     assert len(cfg.pretty_text.splitlines()) < 1000
+    check_config(cfg, *train.ENTRIES, *test.ENTRIES)
+    if said['data'] == 'custom':
+        for loader in (cfg.train_dataloader, cfg.val_dataloader):
+            dataset = loader.dataset.get('dataset', loader.dataset)
+            assert tuple(dataset.extensions) == EXTENSIONS
 
 
 def test_two_configs_of_one_name_build_one_model():

@@ -100,3 +100,24 @@ def test_empty_data_is_named(mmpretrain_scope, tmp_path):
         checks.naming_empty_data({}, 'training'),
     ):
         CustomDataset(data_prefix=f'{tmp_path}/none', pipeline=LOAD)
+
+
+def test_files_of_a_folder_that_are_no_images_of_the_data(folder, tmp_path):
+    dataset = CustomDataset(data_prefix=str(folder), pipeline=LOAD)
+    assert checks.describe_left_out(dataset, 'training') == ''
+    # What lies beside the folders, or is hidden, is nobody's image.
+    (folder / 'README.txt').touch()
+    (folder / 'a' / '.DS_Store').touch()
+    assert checks.describe_left_out(dataset, 'training') == ''
+    (folder / 'a' / 'deep').mkdir()
+    for name in ('x.GIF', 'deep/y.gif', 'notes'):
+        (folder / 'a' / name).touch()
+    text = checks.describe_left_out(ConcatDataset([dataset, dataset]), 'test')
+    assert text.count('leaves out 3 files of its folders: 2 .gif, 1 without an') == 2
+    assert 'It reads .bmp, .jpeg,' in text
+    # Chosen ones are not all of a folder.
+    (tmp_path / 'list.txt').write_text('a/0.png 0\nb/0.png 1')
+    some = dict(data_prefix=str(folder), pipeline=LOAD)
+    for more in (dict(ann_file=str(tmp_path / 'list.txt')), dict(indices=2)):
+        dataset = CustomDataset(**some, **more)
+        assert checks.describe_left_out(dataset, 'test') == ''

@@ -88,41 +88,28 @@ def test_class_out_of_range(workers, project, capsys):
     assert f'{path} holds the values [7], and the head has num_classes=2 ' in line
 
 
-def test_another_size(project, capsys):
-    path = project / 'data/masks/0.png'
-    mmcv.imwrite(np.zeros((32, 40), np.uint8), str(path))
-    line = message(capsys, project)
-    assert f'{path} is 32 x 40' in line
-    assert f'{project}/data/images/0.png 32 x 48' in line
-
-
-def test_colours(project, capsys):
-    path = project / 'data/masks/0.png'
-    mmcv.imwrite(np.zeros((32, 48, 3), np.uint8), str(path))
-    assert f'{path} has the shape (32, 48, 3)' in message(capsys, project)
-
-
 def test_cut_off(project, capsys):
     path = project / 'data/masks/1.png'
     path.write_bytes(path.read_bytes()[:40])
     assert f'{path} (40 bytes) cannot be read' in message(capsys, project)
 
 
-def test_missing_mask(project, capsys):
-    path = project / 'data/masks/2.png'
-    path.unlink()
-    line = message(capsys, project)
-    assert f'1 of 4 masks of the training data do not exist: {path}' in line
+def test_values_as_the_file_has_them(project, capsys):
+    """Where 0 means "no class", mmsegmentation counts from the value 1."""
+    line = message(capsys, project, 'train_dataloader.dataset.reduce_zero_label=True')
+    assert 'hold the values 0 and 255 after reduce_zero_label alone, where' in line
+    path = project / 'data/masks/1.png'
+    mmcv.imwrite(mmcv.imread(str(path), flag='unchanged') + 2, str(path))
+    line = message(capsys, project, 'train_dataloader.dataset.reduce_zero_label=True')
+    assert (
+        f'{path} holds the values [3], and the head has num_classes=2 (values from 1 to 2,'
+        in line
+    )
 
 
-def test_empty_split(project, capsys):
-    line = message(capsys, project, 'train_dataloader.dataset.img_suffix=.jpg')
-    assert 'The training data holds no images: ' in line
-    assert f'data_root={str(project / "data")!r}' in line
-    assert "img_suffix='.jpg'" in line
-
-
-def test_crop_smaller_than_a_patch(project, capsys):
-    option = 'train_dataloader.dataset.pipeline.2.crop_size=(4,48)'
-    line = message(capsys, project, option)
-    assert '4 x 48 pixels, smaller than one patch of the backbone, 8 x 8' in line
+def test_masks_of_one_class_beside_others(project):
+    """Only all of them together must hold two."""
+    for i in (0, 1, 3):
+        mask = np.zeros((32, 48), np.uint8)
+        mmcv.imwrite(mask, str(project / f'data/masks/{i}.png'))
+    command('train.py', project / 'seg.py', '--work-dir', project / 'w')

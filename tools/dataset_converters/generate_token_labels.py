@@ -46,13 +46,15 @@ def parse_args(argv: list) -> argparse.Namespace:
 def main(argv: list) -> None:
     from mmpretrain import get_model
 
-    from spvit_mm.apis import building, check_checkpoint
+    from spvit_mm.apis import building, check_checkpoint, check_device, load_whole
     from spvit_mm.datasets.teacher import generate_token_labels
 
     args = parse_args(argv)
+    check_device(args.device)
     check_checkpoint(args.checkpoint)
     with building(f'The teacher {args.config}'):
-        model = get_model(args.config, pretrained=args.checkpoint, device=args.device)
+        model = get_model(args.config)
+    load_whole(model, args.checkpoint)
     counts = generate_token_labels(
         model,
         args.images,

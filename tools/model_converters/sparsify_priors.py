@@ -16,7 +16,9 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser = ArgumentParser(prog='sparsify_priors.py', description=__doc__)
     parser.add_argument('config', help='path of the config of the training')
     parser.add_argument('checkpoint', help='path of the trained checkpoint')
-    parser.add_argument('out', help='the .pth or .safetensors to write; its config is OUT with .py')
+    parser.add_argument(
+        'out', help='the .pth or .safetensors to write; its config is OUT with .py'
+    )
     parser.add_argument(
         '--keep-mass',
         type=float,

@@ -1,6 +1,7 @@
 from .checkpoint import AtomicCheckpointHook
 from .cls_visualization import ClsVisualizationHook
 from .data_check import DataCheckHook
+from .finite import FiniteHook
 from .load_report import LoadReportHook
 from .prior_visualization_hook import PriorVisualizationHook
 from .random_state import RandomStateHook
@@ -9,6 +10,7 @@ __all__ = [
     'AtomicCheckpointHook',
     'ClsVisualizationHook',
     'DataCheckHook',
+    'FiniteHook',
     'LoadReportHook',
     'PriorVisualizationHook',
     'RandomStateHook',

@@ -35,9 +35,10 @@ class DataCheckHook(Hook):
 
     Raises:
         UserError: Before the first step, for what :func:`~spvit_mm.datasets.checks.
-            check_dataset`, ``check_same_classes`` and ``check_crops`` find. While
-            loading, for images that cannot be read, and for masks of another size
-            than their image or with values that the head does not have.
+            check_dataset`, ``check_same_classes``, ``check_heads``, ``check_crops`` and
+            ``check_masks`` find. While loading, for images that cannot be read or do
+            not hold one patch, and for masks of another size than their image or with
+            values that the head does not have.
     """
 
     def __init__(self, corrupt_images: str = 'error') -> None:
@@ -63,15 +64,26 @@ class DataCheckHook(Hook):
             for split, loop in loops.items()
             if isinstance(loop, BaseLoop)
         }
+        checks.check_heads(model)
         checks.check_crops(model, *datasets.values())
         for split, dataset in datasets.items():
             checks.check_dataset(dataset, split, num_classes)
-            skipped = checks.guard_files(dataset, num_classes, self.skip)
-            if split == 'training':
+            left_out = checks.describe_left_out(dataset, split)
+            if left_out:
+                runner.logger.warning(left_out)
+            training = split == 'training'
+            skipped = checks.guard_files(dataset, num_classes, self.skip and training)
+            checks.check_masks(dataset, split, num_classes)
+            if training:
                 self._skipped = skipped
                 _restart_workers(loops[split])
             elif 'training' in datasets:
                 checks.check_same_classes(datasets['training'], dataset, split)
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        checks.check_batch(unwrap_model(runner.model), data_batch)
+
+    before_val_iter = before_test_iter = before_train_iter
 
     def after_train_epoch(self, runner) -> None:
         self._report(runner)

@@ -8,7 +8,7 @@ import torch.nn as nn
 from mmpretrain.registry import MODELS
 
 from ...ops.compat import compute_dtype
-from ..checks import check_choice
+from ..checks import check_choice, check_flags
 from .base import SpatialPrior, place_offsets, relative_offsets
 
 # Where a table can be read: offsets in units of its own entries.
@@ -149,6 +149,7 @@ class WindowSpatialPrior(SpatialPrior):
     ):
         super().__init__(num_heads, **kwargs)
         check_choice('shape', shape, self.SHAPES)
+        check_flags(soft=soft, masked=masked)
         if isinstance(window, (int, float)):
             window = (window, window)
         size = self._per_head(window, 'window')
