@@ -3,12 +3,13 @@
 import argparse
 import os.path as osp
 from glob import escape, glob
+from math import inf
 from typing import Optional
 
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmengine.device import get_device
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from ..engine.hooks import DataCheckHook, LoadReportHook
 from ..utils import UserError
@@ -23,6 +24,7 @@ from .runner import (
     set_dataloader_defaults,
     show_progress,
 )
+from .schedule import LENGTHS, shorten_schedulers
 
 # Where mmengine's AmpOptimWrapper runs.
 SCALING_DEVICES = ('cuda', 'npu', 'mlu', 'musa')
@@ -191,9 +193,33 @@ def build_trainer(cfg: Config, args: argparse.Namespace) -> Runner:
     if cfg.get('val_cfg') is not None:
         build_loop(runner, 'val', 'validation')
     if isinstance(runner, Runner):  # others, such as FlexibleRunner, have other parts
+        if any(name in (args.cfg_options or {}) for name in LENGTHS):
+            _shorten_schedule(runner)
         _build_optimizer(runner)
     _warn_of_start(runner, args)
     return runner
+
+
+def _shorten_schedule(runner: Runner) -> None:
+    """Let the schedulers of a runner end with its training, and say what that drops."""
+    loop, schedulers = runner.train_loop, runner.param_schedulers
+    counts_epochs = isinstance(loop, EpochBasedTrainLoop)
+    lengths = {True: loop.max_epochs if counts_epochs else inf, False: loop.max_iters}
+
+    def fit(group):
+        kept, left_out = shorten_schedulers(group, lengths)
+        if left_out:
+            runner.logger.warning(
+                'This training is shorter than the schedule of its config. Left out: '
+                f'{"; ".join(left_out)}.'
+            )
+        return kept
+
+    if isinstance(schedulers, dict) and 'type' not in schedulers:
+        # Several optimizers, each with its own.
+        runner.param_schedulers = {name: fit(x) for name, x in schedulers.items()}
+    elif schedulers:
+        runner.param_schedulers = fit(schedulers)
 
 
 def _build_optimizer(runner: Runner) -> None:
