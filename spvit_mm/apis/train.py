@@ -11,7 +11,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.device import get_device
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from ..engine.hooks import DataCheckHook, LoadReportHook
+from ..engine.hooks import DataCheckHook, LoadReportHook, ResumeReportHook
 from ..utils import UserError
 from .cli import ArgumentParser, building
 from .configs import check_checkpoint
@@ -94,6 +94,7 @@ def merge_train_args(cfg: Config, args: argparse.Namespace) -> Config:
         check_checkpoint(cfg.load_from)
     set_dataloader_defaults(cfg, args, ('train_dataloader', 'val_dataloader'))
     add_hook(cfg, LoadReportHook)
+    add_hook(cfg, ResumeReportHook)
     corrupt = {'corrupt_images': 'skip'} if args.skip_corrupt_images else {}
     add_hook(cfg, DataCheckHook, **corrupt)
     return cfg

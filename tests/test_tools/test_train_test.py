@@ -87,8 +87,34 @@ def test_resume(trained, tmp_path, capsys):
     (here / 'last_checkpoint').write_text('/gone/epoch_1.pth')
     longer = 'train_cfg.max_epochs=2'
     command('train.py', config, '--work-dir', here, '--resume', '--cfg-options', longer)
-    assert 'resumed epoch: 1' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'resumed epoch: 1' in out
     assert (here / 'epoch_2.pth').is_file()
+    assert 'a schedule of another length, which ends at epoch 1.' in out
+    # Nothing is left: a job that is queued again ends well, and says so.
+    command('train.py', config, '--work-dir', here, '--resume', '--cfg-options', longer)
+    out = capsys.readouterr().out
+    assert 'Nothing is left to train: the checkpoint was written after epoch 2' in out
+    assert 'another length' not in out
+
+
+def test_resume_of_iterations(data, tmp_path, capsys):
+    """The schedule of the config is longer than its training, and is not a change."""
+    config = write_config(tmp_path / 'c.py', data, by_epoch=False, length=4)
+    work = ('--work-dir', tmp_path / 'w', '--no-validate')
+    command('train.py', config, *work, '--cfg-options', 'train_cfg.max_iters=2')
+    command('train.py', config, *work, '--resume')
+    out = capsys.readouterr().out
+    assert 'resumed epoch: 0, iter: 2' in out
+    assert 'a schedule of another length, which ends at iter 2.' in out
+    shutil.rmtree(tmp_path / 'w')
+    options = ('--cfg-options', 'default_hooks.checkpoint.interval=2')
+    command('train.py', config, *work, *options)
+    command('train.py', config, *work, '--resume', tmp_path / 'w/iter_2.pth')
+    assert 'another length' not in capsys.readouterr().out
+    command('train.py', config, *work, '--resume')
+    out = capsys.readouterr().out
+    assert 'after iter 4, and train_cfg.max_iters is 4.' in out
 
 
 def test_a_work_dir_that_is_not_empty(trained, tmp_path, capsys):

@@ -4,6 +4,7 @@ from .data_check import DataCheckHook
 from .load_report import LoadReportHook
 from .prior_visualization_hook import PriorVisualizationHook
 from .random_state import RandomStateHook
+from .resume_report import ResumeReportHook
 
 __all__ = [
     'AtomicCheckpointHook',
@@ -12,4 +13,5 @@ __all__ = [
     'LoadReportHook',
     'PriorVisualizationHook',
     'RandomStateHook',
+    'ResumeReportHook',
 ]
