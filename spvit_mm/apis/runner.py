@@ -13,6 +13,7 @@ from typing import Optional
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.dist import master_only
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import BaseLoop, Runner
@@ -141,13 +142,34 @@ def distribute_on_cpu(cfg: Config) -> None:
     cfg.model_wrapper_cfg = wrapper
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Build the runner of a config; mistakes in it are UserErrors."""
+class DumpsBesideLog:
+    """Lets a runner write its config beside its log, and not into the work dir.
+
+    There lies the config of the training, under the same name.
+    """
+
+    @master_only
+    def dump_config(self) -> None:
+        name = osp.basename(self.cfg.filename or 'config.py')
+        self.cfg.dump(osp.join(self._log_dir, name))
+
+
+def build_runner(cfg: Config, *mixins: type) -> Runner:
+    """Build the runner of a config, of its class and the mixins before it.
+
+    Raises:
+        UserError: For a mistake in the config.
+    """
     distribute_on_cpu(cfg)
+    kind = cfg.get('runner_type', 'Runner')
+    if isinstance(kind, str):
+        kind = RUNNERS.get(kind)
+        if kind is None:
+            raise UserError(f'runner_type {cfg.runner_type!r} is not registered.')
+    if mixins:
+        kind = type(kind.__name__, (*mixins, kind), {})
     with building(f'What {cfg.filename} describes'):
-        if 'runner_type' in cfg:
-            return RUNNERS.build(cfg)
-        return Runner.from_cfg(cfg)
+        return kind.from_cfg(cfg)
 
 
 def build_loop(runner: Runner, name: str, split: str) -> BaseLoop:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from mmengine.config import Config
@@ -169,6 +170,10 @@ def test_test_outputs(trained, tmp_path, capsys):
     assert '--interval must be 1 or more' in text
     text = fails(capsys, *common, '--tta', '--show-dir', tmp_path / 'pictures')
     assert 'cannot be combined with --tta' in text
+    plt.switch_backend('agg')
+    text = fails(capsys, *common, '--show')
+    assert 'there is no display to open one on' in text
+    assert '--show-dir FOLDER' in text
 
     metrics = {}
     for name in ('plain', 'tta', 'amp'):
@@ -177,6 +182,29 @@ def test_test_outputs(trained, tmp_path, capsys):
         command(*common, '--out', out, '--out-item', 'metrics', *option)
         metrics[name] = json.loads(out.read_text())
     assert all(0 <= m['accuracy/top1'] <= 100 for m in metrics.values())
+
+
+def test_testing_leaves_the_config_of_the_training(trained, tmp_path):
+    config, work_dir = trained
+    here = tmp_path / 'work'
+    shutil.copytree(work_dir, here)
+    before = (here / 'tiny.py').read_text()
+    work = ('--work-dir', here, '--cfg-options')
+    command('test.py', config, here / 'epoch_1.pth', *work, 'train_cfg.max_epochs=7')
+    assert (here / 'tiny.py').read_text() == before
+    (own,) = [p for p in here.glob('*/tiny.py') if 'max_epochs=7' in p.read_text()]
+    assert list(own.parent.glob('*.log'))
+
+
+def test_mirror_images_only_where_the_training_has_them(trained, tmp_path, capsys):
+    config, work_dir = trained
+    text = fails(
+        capsys, 'test.py', config, work_dir / 'epoch_1.pth', '--tta',
+        '--work-dir', tmp_path, '--cfg-options',
+        'train_dataloader.dataset.pipeline=[]',
+    )  # fmt: skip
+    assert 'the training of this config shows no mirror images' in text
+    assert 'Set tta_pipeline' in text
 
 
 def test_another_models_checkpoint(trained, tmp_path, capsys):
