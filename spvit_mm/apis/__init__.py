@@ -4,6 +4,7 @@ from .cli import ArgumentParser, add_cfg_options, building, run_cli
 from .complexity import attention_flops, register_flop_counter
 from .configs import (
     build_model,
+    change_config,
     check_checkpoint,
     image_shape,
     load_config,
@@ -30,6 +31,7 @@ __all__ = [
     'build_tester',
     'build_trainer',
     'building',
+    'change_config',
     'check_checkpoint',
     'distribute_on_cpu',
     'find_resume_checkpoint',

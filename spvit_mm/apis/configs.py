@@ -36,14 +36,20 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
         raise UserError(
             f'The config {path} cannot be read: {type(error).__name__}: {error}'
         ) from error
-    if options:
-        try:
-            cfg.merge_from_dict(options)
-        except (KeyError, TypeError) as error:
-            reason = describe_error(error)
-            raise UserError(
-                f'--cfg-options does not fit the config: {reason}'
-            ) from error
+    return change_config(cfg, options)
+
+
+def change_config(cfg: Config, options: Optional[dict]) -> Config:
+    """Change entries of a config, in place: dotted names and their new values.
+
+    Raises:
+        UserError: For an option that does not fit the config.
+    """
+    try:
+        cfg.merge_from_dict(options or {})
+    except (KeyError, TypeError) as error:
+        reason = describe_error(error)
+        raise UserError(f'--cfg-options does not fit the config: {reason}') from error
     return cfg
 
 

@@ -13,7 +13,7 @@ from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
 
-from spvit_mm.apis import ArgumentParser, building, load_model, run_cli
+from spvit_mm.apis import ArgumentParser, add_cfg_options, building, load_model, run_cli
 from spvit_mm.explain import binarize, offset_mass
 from spvit_mm.explain.binarize import CRITERIA
 from spvit_mm.utils import UserError, new_figure, prepare_picture
@@ -63,6 +63,7 @@ def main(argv: list) -> None:
     parser.add_argument(
         '--out', help='the PNG (default: binarized.png beside the checkpoint)'
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     if any(not 0 < share <= 1 for share in args.keep):
         raise UserError(f'--keep takes shares in (0, 1], got {args.keep}.')
@@ -73,7 +74,7 @@ def main(argv: list) -> None:
         )
     out = args.out or osp.join(osp.dirname(args.checkpoint), 'binarized.png')
     out = prepare_picture(out) if args.out else out
-    cfg, model = load_model(args.config, args.checkpoint)
+    cfg, model = load_model(args.config, args.checkpoint, args.cfg_options)
     needed = ['test_dataloader', 'train_dataloader']
     needed += ['optim_wrapper'] if args.finetune else []
     for name in needed:

@@ -9,6 +9,7 @@ from mmengine.analysis import get_model_complexity_info
 
 from spvit_mm.apis import (
     ArgumentParser,
+    add_cfg_options,
     build_model,
     image_shape,
     load_config,
@@ -30,8 +31,9 @@ def main(argv: list) -> None:
     parser.add_argument(
         '--detail', action='store_true', help='print the figures of every module too'
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, args.cfg_options)
     shape = (3, *image_shape(cfg, args.shape))
     model = build_model(cfg).eval()
     info = get_model_complexity_info(

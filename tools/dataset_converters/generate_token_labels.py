@@ -1,8 +1,17 @@
 """Make the label maps of token labeling with a teacher of one's choice."""
 
 from mmpretrain import get_model
+from mmpretrain.apis.model import ModelHub
 
-from spvit_mm.apis import ArgumentParser, building, check_checkpoint, run_cli
+from spvit_mm.apis import (
+    ArgumentParser,
+    add_cfg_options,
+    building,
+    change_config,
+    check_checkpoint,
+    load_config,
+    run_cli,
+)
 from spvit_mm.datasets.teacher import generate_token_labels
 
 
@@ -37,14 +46,23 @@ def parse_args(argv):
         metavar='N',
         help='draw N images beside their label maps to <out>/preview.png',
     )
+    add_cfg_options(parser)
     return parser.parse_args(argv)
+
+
+def read_config(name, options):
+    """The config of a path, or of a model that mmpretrain knows by name."""
+    if name.endswith('.py'):
+        return load_config(name, options)
+    return change_config(ModelHub.get(name).config, options)
 
 
 def main(argv):
     args = parse_args(argv)
     check_checkpoint(args.checkpoint)
     with building(f'The teacher {args.config}'):
-        model = get_model(args.config, pretrained=args.checkpoint, device=args.device)
+        config = read_config(args.config, args.cfg_options)
+        model = get_model(config, pretrained=args.checkpoint, device=args.device)
     counts = generate_token_labels(
         model,
         args.images,

@@ -8,6 +8,7 @@ import torch
 
 from spvit_mm.apis import (
     ArgumentParser,
+    add_cfg_options,
     load_config,
     load_trained_model,
     run_cli,
@@ -31,9 +32,10 @@ def main(argv: list) -> None:
     parser.add_argument(
         '--force', action='store_true', help='replace the file that is there'
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     out = check_new_file(args.out, ('.pth',), args.force)
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, args.cfg_options)
     model, checkpoint = load_trained_model(cfg, args.checkpoint)
     backbone = getattr(model, 'backbone', None)
     if not hasattr(backbone, 'switch_to_deploy'):

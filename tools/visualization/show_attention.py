@@ -5,7 +5,13 @@ and attention of every head, one PNG a layer."""
 import os
 import os.path as osp
 
-from spvit_mm.apis import ArgumentParser, load_model, load_samples, run_cli
+from spvit_mm.apis import (
+    ArgumentParser,
+    add_cfg_options,
+    load_model,
+    load_samples,
+    run_cli,
+)
 from spvit_mm.explain import draw_query_attention, query_attention
 from spvit_mm.utils import UserError
 
@@ -32,8 +38,9 @@ def main(argv: list) -> None:
         '--out-dir',
         help='folder for the PNGs (default: attention/ beside the checkpoint)',
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
-    cfg, model = load_model(args.config, args.checkpoint)
+    cfg, model = load_model(args.config, args.checkpoint, args.cfg_options)
     (sample,) = load_samples(cfg, model, [args.image] if args.image else None, 1)
     layers = query_attention(model, sample.inputs[None], tuple(args.query))
     wanted = args.layers or range(1, len(layers) + 1)

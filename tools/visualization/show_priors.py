@@ -5,7 +5,7 @@ an animation where --out ends in .gif."""
 
 import os.path as osp
 
-from spvit_mm.apis import ArgumentParser, load_model, run_cli
+from spvit_mm.apis import ArgumentParser, add_cfg_options, load_model, run_cli
 from spvit_mm.explain import (
     animate_priors,
     collect_priors,
@@ -33,7 +33,8 @@ def main(argv: list) -> None:
         '--compare',
         nargs=2,
         metavar=('CONFIG', 'CHECKPOINT'),
-        help='a second model, side by side with the first',
+        help='a second model, side by side with the first; --cfg-options changes both '
+        'configs',
     )
     parser.add_argument(
         '--out',
@@ -48,6 +49,7 @@ def main(argv: list) -> None:
         metavar=('H', 'W'),
         help='rows and columns of patches (default: those of the training)',
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     if args.grid and min(args.grid) < 1:
         raise UserError(f'--grid takes two positive numbers, got {args.grid}.')
@@ -67,10 +69,10 @@ def main(argv: list) -> None:
     title = f'Spatial priors of {name}'
     steps = {}
     for path in args.checkpoint:
-        maps = load_maps(args.config, path, args.grid)
+        maps = load_maps(args.config, path, args)
         steps[unique(steps, osp.splitext(osp.basename(path))[0])] = maps
     if args.compare:
-        other = load_maps(*args.compare, args.grid)
+        other = load_maps(*args.compare, args)
         if other[0].table.shape[1:] != maps[0].table.shape[1:]:
             raise UserError(
                 'The two models were trained on different grids. Give the one to show '
@@ -101,10 +103,10 @@ def main(argv: list) -> None:
     print(f'The priors of {len(layers)} SP-SA layers are drawn in {out}')
 
 
-def load_maps(config, checkpoint, grid):
+def load_maps(config, checkpoint, args):
     """The priors of a checkpoint."""
-    _, model = load_model(config, checkpoint)
-    return collect_priors(model, grid)
+    _, model = load_model(config, checkpoint, args.cfg_options)
+    return collect_priors(model, args.grid)
 
 
 def unique(names, name):

@@ -8,7 +8,13 @@ from importlib.util import find_spec
 
 import torch
 
-from spvit_mm.apis import ArgumentParser, load_model, load_samples, run_cli
+from spvit_mm.apis import (
+    ArgumentParser,
+    add_cfg_options,
+    load_model,
+    load_samples,
+    run_cli,
+)
 from spvit_mm.explain import (
     RELEVANCE_METHODS,
     class_scores,
@@ -27,7 +33,8 @@ def main(argv: list) -> None:
         '--compare',
         nargs=2,
         metavar=('CONFIG', 'CHECKPOINT'),
-        help='a second model, such as the plain ViT, beside the first',
+        help='a second model, such as the plain ViT, beside the first; --cfg-options '
+        'changes both configs',
     )
     parser.add_argument(
         '--images', nargs='+', help='image files (default: of the test data set)'
@@ -56,6 +63,7 @@ def main(argv: list) -> None:
     parser.add_argument(
         '--out', help='the PNG to write (default: relevance.png beside the checkpoint)'
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     if args.perturb < 0:
         raise UserError(f'--perturb takes a number of images, got {args.perturb}.')
@@ -68,7 +76,7 @@ def main(argv: list) -> None:
 
     columns, captions, rows, pictures = [], [], [], None
     for config, checkpoint in [(args.config, args.checkpoint), args.compare]:
-        cfg, model = load_model(config, checkpoint)
+        cfg, model = load_model(config, checkpoint, args.cfg_options)
         name = osp.splitext(osp.basename(config))[0].split('_1x')[0]
         samples = load_samples(cfg, model, args.images, args.count)
         pictures = pictures or [sample.picture for sample in samples]

@@ -4,12 +4,12 @@
 import mmcv
 import numpy as np
 import torch
-from mmengine.config import DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
 
 from spvit_mm.apis import (
     ArgumentParser,
+    add_cfg_options,
     building,
     load_config,
     load_trained_model,
@@ -35,9 +35,7 @@ def main(argv: list) -> None:
     parser.add_argument(
         '--number', type=int, default=6, help='how many images (default: 6)'
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE'
-    )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     if args.number < 1:
         raise UserError(f'--number must be at least 1, got {args.number}.')
