@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pickle
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,10 @@ import torch
 from mmengine.config import Config
 from mmengine.utils import ManagerMixin
 from mmpretrain.registry import MODELS
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+)
 
 from spvit_mm.apis import find_resume_checkpoint, run_cli
 from spvit_mm.utils import UserError
@@ -525,6 +530,43 @@ def test_scripts(trained, data, tmp_path):
         done = subprocess.run([str(script)], capture_output=True, text=True)
         assert done.returncode == 2
         assert 'Usage' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_mistake_of_all_processes_is_one_line(tmp_path):
+    environment = dict(
+        os.environ,
+        PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+        PORT='29573',
+    )
+    done = subprocess.run(
+        [str(TOOLS / 'dist_train.sh'), str(tmp_path / 'none.py'), '2'],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    (line,) = [x for x in done.stderr.splitlines() if 'error' in x.lower()]
+    assert line.startswith('train.py: error: The config ')
+    assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('code', [1, 2, -9])
+def test_the_launcher_repeats_no_mistake_of_the_user(code, monkeypatch):
+    failures = {
+        rank: ProcessFailure(rank, 7, exitcode, 'no file')
+        for rank, exitcode in ((0, -15), (1, code))
+    }
+
+    def launch(args):
+        assert args.training_script == 'train.py'
+        raise ChildFailedError('train.py', failures)
+
+    monkeypatch.setattr('torch.distributed.run.run', launch)
+    with pytest.raises(SystemExit if code == 2 else ChildFailedError) as error:
+        runpy.run_path(str(TOOLS / 'launch.py'))['main'](['train.py'])
+    assert code != 2 or error.value.code == 2
 
 
 def test_a_deployed_checkpoint_is_told_in_words(tmp_path, capsys, mmpretrain_scope):
