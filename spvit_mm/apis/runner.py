@@ -17,6 +17,7 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import BaseLoop, Runner
+from mmengine.utils import mkdir_or_exist
 
 from ..datasets.checks import naming_empty_data
 from ..utils import UserError
@@ -150,8 +151,9 @@ class DumpsBesideLog:
 
     @master_only
     def dump_config(self) -> None:
-        name = osp.basename(self.cfg.filename or 'config.py')
-        self.cfg.dump(osp.join(self._log_dir, name))
+        folder = osp.join(self.work_dir, self.timestamp)
+        mkdir_or_exist(folder)
+        self.cfg.dump(osp.join(folder, osp.basename(self.cfg.filename or 'config.py')))
 
 
 def build_runner(cfg: Config, *mixins: type) -> Runner:

@@ -391,14 +391,19 @@ def test_data_without_a_batch(data, tmp_path, capsys):
         assert 'makes no batch of 64' in line
 
 
-def test_flexible_runner(data, tmp_path):
+def test_flexible_runner(data, tmp_path, capsys):
     """It builds its parts itself."""
     more = (
         "runner_type = 'FlexibleRunner'\nstrategy = dict(type='SingleDeviceStrategy')"
     )
     config = write_config(tmp_path / 'c.py', data, length=1, more=more)
     command('train.py', config, '--work-dir', tmp_path / 'w')
-    assert (tmp_path / 'w/epoch_1.pth').is_file()
+    before = (tmp_path / 'w/c.py').read_text()
+    command('test.py', config, tmp_path / 'w/epoch_1.pth', '--work-dir', tmp_path / 'w')
+    assert (tmp_path / 'w/c.py').read_text() == before
+    capsys.readouterr()
+    command('train.py', config, '--work-dir', tmp_path / 'w', '--resume')
+    assert 'Nothing is left to train' in capsys.readouterr().out
 
 
 def test_bad_data(trained, data, tmp_path, capsys):
