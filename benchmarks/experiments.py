@@ -333,12 +333,18 @@ def add_run_options(parser: argparse.ArgumentParser, work_dir: str, seeds: int) 
     parser.add_argument(
         '--jobs', type=int, default=2, help='runs side by side (default: %(default)s)'
     )
-    parser.add_argument('--work-dir', type=Path, default=Path(work_dir))
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        default=Path(work_dir),
+        help='where runs and results go (default: %(default)s)',
+    )
     parser.add_argument(
         '--record',
         type=Path,
         metavar='FILE',
-        help='results to keep, as JSON lines; a run that is there is not repeated',
+        help='results to keep, as JSON lines; a run that is there is not repeated '
+        '(default: none)',
     )
 
 

@@ -310,21 +310,30 @@ def main(argv: list[str]) -> None:
         '--settings',
         nargs='+',
         metavar='NAME',
-        help='only these, and what they are compared with',
+        help='only these, and what they are compared with (default: all)',
     )
     parser.add_argument(
-        '--baseline', metavar='NAME', help="compare all with this one, not the study's"
+        '--baseline',
+        metavar='NAME',
+        help="compare all with this one (default: the study's)",
     )
-    parser.add_argument('--config', default=str(CONFIG), help='what is trained')
-    parser.add_argument('--epochs', type=int, help="instead of the config's")
+    parser.add_argument(
+        '--config', default=str(CONFIG), help='what is trained (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--epochs', type=int, help="length of a training (default: the config's)"
+    )
     parser.add_argument(
         '--val-interval',
         type=int,
         metavar='EPOCHS',
-        help="instead of the study's, or 5",
+        help="from one evaluation to the next (default: the study's, else 5)",
     )
     parser.add_argument(
-        '--reach', type=float, metavar='PERCENT', help='accuracy to count the epochs to'
+        '--reach',
+        type=float,
+        metavar='PERCENT',
+        help="accuracy to count the epochs to (default: the study's, if it has one)",
     )
     experiments.add_run_options(parser, work_dir='work_dirs/studies', seeds=5)
     args = parser.parse_args(argv)

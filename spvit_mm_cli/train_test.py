@@ -107,7 +107,8 @@ def parse_test_args(argv: list) -> argparse.Namespace:
         '--tta',
         action='store_true',
         help='test-time augmentation: tta_pipeline and tta_model of the config or, for '
-        'classification, the mean over an image and its mirror image',
+        'classification, the mean over an image and its mirror image, if the training '
+        'mirrors images too',
     )
     parser.add_argument(
         '--allow-partial',

@@ -6,28 +6,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmpretrain.registry import MODELS
 
-PAGE = Path(__file__).parents[1] / 'docs/own_prior.md'
+from spvit_mm.apis import build_model, load_config
+from spvit_mm.utils import UserError
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / 'docs/own_prior.md'
 
 
 @pytest.fixture
-def code(tmp_path, monkeypatch):
+def blocks(tmp_path, monkeypatch):
+    """The page's code; its file of priors and the configs are in the working folder."""
     blocks = re.findall(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)
     (tmp_path / 'my_priors.py').write_text(blocks[0])
-    (tmp_path / 'config.py').write_text(blocks[1])
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path / 'config.py', blocks[0]
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    yield blocks
     MODELS._module_dict.pop('GaussianSpatialPrior', None)
     sys.modules.pop('my_priors', None)
 
 
-def test_a_prior_of_your_own(code, mmpretrain_scope):
-    path, source = code
-    body = source.split('class GaussianSpatialPrior')[1].strip().splitlines()
+def model_of(text):
+    Path('config.py').write_text(text)
+    return build_model(load_config('config.py'))
+
+
+def test_a_prior_of_your_own(blocks):
+    body = blocks[0].split('class GaussianSpatialPrior')[1].strip().splitlines()
     assert len([line for line in body if line.strip()]) <= 10, 'ten lines'
-    model = MODELS.build(Config.fromfile(str(path)).model)
+    model = model_of(blocks[1])
     model.init_weights()
     prior = model.backbone.layers[0].attn.prior
     assert type(prior).__name__ == 'GaussianSpatialPrior'
@@ -36,3 +45,12 @@ def test_a_prior_of_your_own(code, mmpretrain_scope):
     expected = 1 + torch.exp(torch.tensor(-((5**0.5 / 3) ** 2)))
     torch.testing.assert_close(prior((2, 3))[0, 2, 4], expected)
     assert model(torch.rand(1, 3, 48, 32)).shape == (1, 1000)
+
+
+def test_it_takes_the_place_of_another(blocks):
+    prior = model_of(blocks[2]).backbone.layers[0].attn.prior
+    assert type(prior).__name__ == 'GaussianSpatialPrior'
+    with pytest.raises(UserError) as error:
+        model_of(blocks[2].replace('_delete_=True, ', ''))
+    assert "unexpected keyword argument 'init'" in str(error.value)
+    assert str(error.value).count('unless the dict says _delete_=True.') == 1

@@ -11,6 +11,7 @@ from .cli import building, run_cli
 from .complexity import attention_flops, register_flop_counter
 from .configs import (
     build_model,
+    change_config,
     check_checkpoint,
     check_device,
     image_shape,
@@ -38,6 +39,7 @@ __all__ = [
     'build_tester',
     'build_trainer',
     'building',
+    'change_config',
     'check_checkpoint',
     'check_device',
     'distribute_on_cpu',

@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -33,6 +34,11 @@ def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
         with safe_loader(trust=TRUST in argv):
             main(argv)
     except UserError as error:
+        # All processes of a launch make the same mistakes. The first one tells; after it
+        # ended the launcher ends the others. A mistake that is another's own, such as an
+        # image of its share, is told by that one.
+        if int(os.environ.get('RANK', 0)):
+            time.sleep(15)
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         # One that a data-loading worker raised comes with the worker's traceback.

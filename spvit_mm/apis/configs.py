@@ -1,5 +1,7 @@
 """From a config and a checkpoint to a model."""
 
+import os
+import sys
 from typing import Optional
 
 import torch
@@ -24,6 +26,8 @@ from .cli import building
 def load_config(path: str, options: Optional[dict] = None) -> Config:
     """Read a config and change entries of it.
 
+    What it imports (``custom_imports``) may be a file in the working folder.
+
     Args:
         path (str): The config's path.
         options (dict, optional): Dotted names and their new values.
@@ -35,20 +39,34 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
         UserError: For a path that is no config, a config that cannot be read, or an
             option that does not fit it.
     """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the last place to look, so that it hides nothing
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is code: it can raise anything
+        hint = ''
+        if 'to load spvit_mm config' in str(error):
+            hint = (
+                ' Write _base_ = f\'{__import__("spvit_mm").__path__[0]}/.mim/configs'
+                "/...' in place of 'spvit_mm::...'."
+            )
         raise UserError(
-            f'The config {path} cannot be read: {type(error).__name__}: {error}'
+            f'The config {path} cannot be read: {type(error).__name__}: {error}{hint}'
         ) from error
-    if options:
-        try:
-            cfg.merge_from_dict(options)
-        except (KeyError, TypeError) as error:
-            reason = describe_error(error)
-            raise UserError(
-                f'--cfg-options does not fit the config: {reason}'
-            ) from error
+    return change_config(cfg, options)
+
+
+def change_config(cfg: Config, options: Optional[dict]) -> Config:
+    """Change entries of a config, in place: dotted names and their new values.
+
+    Raises:
+        UserError: For an option that does not fit the config.
+    """
+    try:
+        cfg.merge_from_dict(options or {})
+    except (KeyError, TypeError) as error:
+        reason = describe_error(error)
+        raise UserError(f'--cfg-options does not fit the config: {reason}') from error
     return cfg
 
 

@@ -7,9 +7,11 @@ from typing import Optional
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.dist import master_only
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import BaseLoop, Runner
+from mmengine.utils import mkdir_or_exist
 
 from ..datasets.checks import naming_empty_data
 from ..utils import UserError, make_writable
@@ -142,14 +144,36 @@ def distribute_on_cpu(cfg: Config) -> None:
     cfg.model_wrapper_cfg = wrapper
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Build the runner of a config; mistakes in it are UserErrors."""
+class DumpsBesideLog:
+    """Lets a runner write its config beside its log, and not into the work dir.
+
+    There lies the config of the training, under the same name.
+    """
+
+    @master_only
+    def dump_config(self) -> None:
+        folder = osp.join(self.work_dir, self.timestamp)
+        mkdir_or_exist(folder)
+        self.cfg.dump(osp.join(folder, osp.basename(self.cfg.filename or 'config.py')))
+
+
+def build_runner(cfg: Config, *mixins: type) -> Runner:
+    """Build the runner of a config, of its class and the mixins before it.
+
+    Raises:
+        UserError: For a mistake in the config.
+    """
     make_writable(cfg.work_dir, 'The work dir')
+    distribute_on_cpu(cfg)
+    kind = cfg.get('runner_type', 'Runner')
+    if isinstance(kind, str):
+        kind = RUNNERS.get(kind)
+        if kind is None:
+            raise UserError(f'runner_type {cfg.runner_type!r} is not registered.')
+    if mixins:
+        kind = type(kind.__name__, (*mixins, kind), {})
     with building(f'What {cfg.filename} describes'):
-        distribute_on_cpu(cfg)
-        if 'runner_type' in cfg:
-            return RUNNERS.build(cfg)
-        return Runner.from_cfg(cfg)
+        return kind.from_cfg(cfg)
 
 
 def build_loop(runner: Runner, name: str, split: str) -> BaseLoop:

@@ -15,8 +15,13 @@ from .cli import building
 from .configs import load_config, load_trained_model
 
 
-def load_model(config: str, checkpoint: str):
+def load_model(config: str, checkpoint: str, options: Optional[dict] = None):
     """Build the model of a config and load a checkpoint that fits it entirely.
+
+    Args:
+        config (str): Path of the config.
+        checkpoint (str): Path of the checkpoint.
+        options (dict, optional): What ``--cfg-options`` changes in the config.
 
     Returns:
         Tuple[Config, nn.Module]: The config and the model, in eval mode.
@@ -24,7 +29,7 @@ def load_model(config: str, checkpoint: str):
     Raises:
         UserError: For a config or checkpoint that cannot be taken.
     """
-    cfg = load_config(config)
+    cfg = load_config(config, options)
     model, _ = load_trained_model(cfg, checkpoint)
     return cfg, model
 

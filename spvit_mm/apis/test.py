@@ -16,6 +16,7 @@ from ..utils import UserError, make_writable
 from .config_checks import check_config
 from .configs import check_checkpoint, scope_of
 from .runner import (
+    DumpsBesideLog,
     add_hook,
     build_loop,
     build_runner,
@@ -89,6 +90,11 @@ def _set_visualization(cfg: Config, args) -> None:
     """Switch on the visualization hook, mmsegmentation's or ours for mmpretrain's."""
     if args.interval < 1:
         raise UserError(f'--interval must be 1 or more, got {args.interval}.')
+    if args.show and not has_windows():
+        raise UserError(
+            '--show opens windows, and there is no display to open one on (or no '
+            'library to do it). Write the pictures into a folder: --show-dir FOLDER.'
+        )
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
         raise UserError(
@@ -114,11 +120,36 @@ def _set_visualization(cfg: Config, args) -> None:
         cfg.visualizer.save_dir = args.show_dir
 
 
+def has_windows() -> bool:
+    """Whether matplotlib can show a picture, and not only write one."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure()
+    plt.close(figure)
+    return figure.canvas.required_interactive_framework is not None
+
+
+def _mirrors(cfg) -> bool:
+    """Whether a step in a part of a config mirrors images."""
+    if isinstance(cfg, dict):
+        kind = cfg.get('type', '')
+        name = kind if isinstance(kind, str) else kind.__name__
+        return name.endswith('RandomFlip') or _mirrors(list(cfg.values()))
+    return isinstance(cfg, (list, tuple)) and any(map(_mirrors, cfg))
+
+
 def _set_tta(cfg: Config) -> None:
     """Wrap the model for test-time augmentation and set its pipeline."""
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         if scope_of(cfg) != 'mmpretrain':
             raise UserError('--tta needs tta_model and tta_pipeline in the config.')
+        training = cfg.get('train_dataloader')
+        if training is not None and not _mirrors(training):
+            raise UserError(
+                '--tta takes the mean over an image and its mirror image, and the '
+                'training of this config shows no mirror images (those of digits and '
+                'letters mean something else). Set tta_pipeline in the config.'
+            )
         *load, pack = cfg.test_dataloader.dataset.pipeline
         flips = [{'type': 'RandomFlip', 'prob': p} for p in (1.0, 0.0)]
         cfg.setdefault('tta_model', {'type': 'AverageClsScoreTTA'})
@@ -143,7 +174,7 @@ def build_tester(cfg: Config, args: argparse.Namespace) -> Runner:
     Raises:
         UserError: For a mistake in the config.
     """
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, DumpsBesideLog)
     loop = build_loop(runner, 'test', 'test')
     show_progress(runner, loop)
     if args.out is not None and args.out_item != 'metrics':

@@ -3,16 +3,17 @@
 import argparse
 import os.path as osp
 from glob import escape, glob
+from math import inf
 from typing import Optional
 
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmengine.device import get_device
 from mmengine.model.weight_init import PretrainedInit
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 from torch import nn
 
-from ..engine.hooks import DataCheckHook, FiniteHook, LoadReportHook
+from ..engine.hooks import DataCheckHook, FiniteHook, LoadReportHook, ResumeReportHook
 from ..utils import UserError, unwrap_model
 from .cli import building
 from .config_checks import check_config
@@ -25,6 +26,7 @@ from .runner import (
     set_dataloader_defaults,
     show_progress,
 )
+from .schedule import LENGTHS, shorten_schedulers
 
 # What training reads of a config.
 ENTRIES = (
@@ -73,6 +75,7 @@ def merge_train_args(cfg: Config, args: argparse.Namespace) -> Config:
     set_dataloader_defaults(cfg, args, ('train_dataloader', 'val_dataloader'))
     add_hook(cfg, LoadReportHook)
     add_hook(cfg, FiniteHook)
+    add_hook(cfg, ResumeReportHook)
     corrupt = {'corrupt_images': 'skip'} if args.skip_corrupt_images else {}
     add_hook(cfg, DataCheckHook, **corrupt)
     return cfg
@@ -175,6 +178,8 @@ def build_trainer(cfg: Config, args: argparse.Namespace) -> Runner:
     if cfg.get('val_cfg') is not None:
         build_loop(runner, 'val', 'validation')
     if plain:
+        if any(name in (args.cfg_options or {}) for name in LENGTHS):
+            _shorten_schedule(runner)
         _build_optimizer(runner)
     _warn_of_start(runner, args)
     return runner
@@ -215,6 +220,28 @@ def _check_starts(model: nn.Module) -> None:
 def _some(names, prefix: Optional[str] = None) -> str:
     start = '' if prefix is None else prefix.rstrip('.') + '.'
     return ', '.join(start + name for name in sorted(names)[:: len(names) // 4 + 1])
+
+
+def _shorten_schedule(runner: Runner) -> None:
+    """Let the schedulers of a runner end with its training, and say what that drops."""
+    loop, schedulers = runner.train_loop, runner.param_schedulers
+    counts_epochs = isinstance(loop, EpochBasedTrainLoop)
+    lengths = {True: loop.max_epochs if counts_epochs else inf, False: loop.max_iters}
+
+    def fit(group):
+        kept, left_out = shorten_schedulers(group, lengths)
+        if left_out:
+            runner.logger.warning(
+                'This training is shorter than the schedule of its config. Left out: '
+                f'{"; ".join(left_out)}.'
+            )
+        return kept
+
+    if isinstance(schedulers, dict) and 'type' not in schedulers:
+        # Several optimizers, each with its own.
+        runner.param_schedulers = {name: fit(x) for name, x in schedulers.items()}
+    elif schedulers:
+        runner.param_schedulers = fit(schedulers)
 
 
 def _build_optimizer(runner: Runner) -> None:

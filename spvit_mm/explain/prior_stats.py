@@ -104,13 +104,13 @@ def format_focus(focus) -> str:
     width = max([12, *(len(f.layer) for f in focus)])
     lines = [
         f'{"layer":<{width}} {"head":>4} {"low":>7} {"high":>7} {"radius":>7} '
-        f'{"local":>6} {"right":>6} {"down":>6} {"differs":>8}  direction'
+        f'{"locality":>8} {"right":>6} {"down":>6} {"difference":>10}  direction'
     ]
     for f in focus:
-        differs = '-' if math.isnan(f.difference) else f'{f.difference:.3f}'
+        difference = '-' if math.isnan(f.difference) else f'{f.difference:.3f}'
         lines.append(
             f'{f.layer:<{width}} {f.head:>4} {f.low:>7.3f} {f.high:>7.3f} {f.radius:>7.2f} '
-            f'{f.locality:>6.2f} {f.right:>6.2f} {f.down:>6.2f} {differs:>8}  '
+            f'{f.locality:>8.2f} {f.right:>6.2f} {f.down:>6.2f} {difference:>10}  '
             f'{f.direction}'
         )
     return '\n'.join(lines)

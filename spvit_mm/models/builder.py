@@ -21,11 +21,22 @@ def build_child(cfg, what, **defaults):
     Raises:
         ValueError: If ``cfg`` is no dict with a ``type``, or the name is not
             registered.
+        TypeError: For an argument that the type does not take.
     """
     cls = resolve_type(cfg, what)
     cfg = {**defaults, **cfg, 'type': cls}
     cfg.setdefault('_scope_', 'mmpretrain')
-    return MODELS.build(cfg)
+    try:
+        return MODELS.build(cfg)
+    except TypeError as error:
+        text = str(error)
+        if 'unexpected keyword argument' not in text or '_delete_' in text:
+            raise  # another mistake, or told by the child of a child
+        raise TypeError(
+            f'`{what}` of type {cls.__name__}: {text}. (Where a config gives another '
+            "type than its base, the base's arguments stay, unless the dict says "
+            '_delete_=True.)'
+        ) from error
 
 
 def resolve_type(cfg, what):

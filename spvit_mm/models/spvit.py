@@ -9,6 +9,7 @@ import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import ModuleList
 from mmengine.model.weight_init import trunc_normal_
+from mmengine.registry import DefaultScope
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
 from mmpretrain.registry import MODELS
@@ -33,6 +34,8 @@ from .position import draw_rescale, fit_state_dict
 
 # In a state dict, of ``SpatialPriorAttention(masked=True)``.
 MASK_NAME = r'layers\.(\d+)\.attn\.kept$'
+# Their models are of maps, which they ask of a backbone in an assertion, if at all.
+DENSE_SCOPES = ('mmseg', 'mmdet')
 
 
 def _lvvit_arch(embed_dims, num_layers, num_heads, stem_channels, skip_scale):
@@ -117,6 +120,7 @@ class SPViT(VisionTransformer):
             Defaults to -1, the last.
         out_type (str): 'cls_token', 'featmap', 'avg_featmap' or 'raw', as in
             VisionTransformer. 'raw' holds the class token where it has joined.
+            mmsegmentation and mmdetection take 'featmap' alone.
             Defaults to 'cls_token'.
         with_cls_token (bool): Defaults to True.
         frozen_stages (int): Freeze this many layers and the stem (they stay in
@@ -352,6 +356,13 @@ class SPViT(VisionTransformer):
             raise ValueError(
                 f'Unsupported `out_type` {out_type}, please choose from '
                 f'{self.OUT_TYPES}'
+            )
+        scope = DefaultScope.get_current_instance()
+        if out_type != 'featmap' and scope and scope.scope_name in DENSE_SCOPES:
+            raise ValueError(
+                f'The necks and heads of {scope.scope_name} take maps, and the '
+                f"backbone's `out_type` is {out_type!r}. Set out_type='featmap', and "
+                '`out_indices`, whose layers give a map each.'
             )
         self.out_type = out_type
         if is_int(out_indices):

@@ -21,6 +21,21 @@ def test_one_line_of_what_a_worker_raised(capsys):
     assert capsys.readouterr().err == expected
 
 
+@pytest.mark.parametrize('rank', [0, 1])
+def test_the_first_process_tells_first(rank, monkeypatch, capsys):
+    waits = []
+    monkeypatch.setenv('RANK', str(rank))
+    monkeypatch.setattr('time.sleep', waits.append)
+
+    def main(argv):
+        raise UserError('wrong')
+
+    with pytest.raises(SystemExit):
+        run_cli(main, 'train.py', [])
+    assert len(waits) == rank
+    assert capsys.readouterr().err == 'train.py: error: wrong\n'
+
+
 def test_building_names_the_part():
     message = r'model of c\.py cannot be built: KeyError: Nobody .*TRACEBACK=1'
     with pytest.raises(UserError, match=message), building('The model of c.py'):

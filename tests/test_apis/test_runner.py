@@ -1,13 +1,18 @@
 """Hooks of ours are in a config once, however it names them."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
+import torch
 from mmengine.config import Config, ConfigDict
 
 from spvit_mm.apis.runner import add_hook
-from spvit_mm.apis.train import _set_precision
+from spvit_mm.apis.schedule import shorten_schedulers
+from spvit_mm.apis.train import _set_precision, _shorten_schedule
 from spvit_mm.engine.hooks import DataCheckHook, LoadReportHook
 from tests.test_engine.tiny import make_data, write_config
-from tests.test_tools.test_train_test import command
+from tests.test_tools.test_train_test import command, fails
 
 
 @pytest.mark.parametrize('scope', ['mmpretrain', 'mmseg'])
@@ -62,3 +67,46 @@ def test_precision_of_wrappers_by_name(kind):
     wrapper = ConfigDict(type=kind)
     _set_precision(wrapper, amp=True)
     assert wrapper.type in ('AmpOptimWrapper', 'mmpretrain.BFloat16OptimWrapper')
+
+
+def test_a_shorter_training_shortens_its_schedule(tmp_path, capsys):
+    """The one that is asked for on the command line; a config's own stays an error."""
+    data = make_data(tmp_path)
+    more = """
+__type = dict(type='LinearLR', start_factor=0.1)
+param_scheduler = [
+    dict(__type, end=3),
+    dict(type='CosineAnnealingLR', begin=3, convert_to_iter_based=True),
+    dict(__type, by_epoch=False, begin=1, end=7)]
+"""
+    config = write_config(tmp_path / 'c.py', data, length=9, more=more)
+    work = ('--work-dir', tmp_path / 'w', '--no-validate')
+    command('train.py', config, *work, '--cfg-options', 'train_cfg.max_epochs=1')
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if 'Left out' in x]
+    assert line.endswith('CosineAnnealingLR would begin after epoch 3 of 1.')
+    state = torch.load(tmp_path / 'w/epoch_1.pth', weights_only=False)
+    ends = [scheduler['end'] for scheduler in state['param_schedulers']]
+    assert ends == [1, 3]  # three batches
+
+    config = write_config(tmp_path / 'c.py', data, length=1, more=more)
+    message = fails(capsys, 'train.py', config, *work)
+    assert 'end should be larger than begin' in message
+
+
+def test_each_optimizer_has_its_schedule():
+    loop = SimpleNamespace(max_epochs=1, max_iters=4)  # one of iterations
+    constant = dict(type='ConstantLR', by_epoch=False)
+    schedulers = dict(a=dict(constant, end=9), b=[dict(constant, begin=5, end=9)])
+    runner = SimpleNamespace(
+        train_loop=loop, param_schedulers=schedulers, logger=logging.getLogger()
+    )
+    _shorten_schedule(runner)
+    assert runner.param_schedulers == dict(a=[dict(constant, end=4)], b=[])
+    assert schedulers['a'].get('end') == 9
+
+
+def test_the_period_of_a_cosine():
+    kept, _ = shorten_schedulers(dict(type='x', T_max=9, begin=1, end=10), {True: 4})
+    assert kept == [dict(type='x', T_max=3, begin=1, end=4)]
+    kept, _ = shorten_schedulers(dict(type='x', T_max=2), {True: 4})
+    assert kept == [dict(type='x', T_max=2)]

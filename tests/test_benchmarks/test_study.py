@@ -27,6 +27,14 @@ def test_unknown_study_lists_the_names(capsys):
     assert "No study 'realtive'. There are: prior, layers" in err
 
 
+def test_help_names_every_default(capsys):
+    with pytest.raises(SystemExit):
+        study.main(['--help'])
+    _, options = capsys.readouterr().out.split('  --settings ')
+    assert options.count('(default:') == options.count('\n  --') + 1
+    assert str(study.CONFIG) in options.replace('\n' + ' ' * 24, '')
+
+
 def test_every_setting_makes_a_config(cfg):
     for name in study.load(str(study.STUDIES)):
         runs = plan(name, cfg)

@@ -1,6 +1,7 @@
 """Every config is what its name and the paper say; classifiers train a step."""
 
 import re
+from math import inf
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from spvit_mm.apis import test, train
 from spvit_mm.apis.config_checks import check_config
+from spvit_mm.apis.schedule import shorten_schedulers
 from spvit_mm.datasets.subset import EXTENSIONS
 
 from .small import PATHS, ROOT, names, read, shrink
@@ -171,6 +173,39 @@ def test_learning_rate(name, expected):
     assert max(rates) == pytest.approx(expected[1], rel=1e-3)
     # What ends by the epoch has one step to go at the last iteration.
     assert rates[-1] == pytest.approx(expected[2], rel=0.01, abs=expected[1] * 1e-3)
+
+
+@pytest.mark.parametrize('name', PATHS)
+def test_a_trial_of_any_length_has_a_schedule(name):
+    """As `--cfg-options train_cfg.max_epochs=1` makes it, with 3 iterations an epoch."""
+    cfg = read(name)
+    by_epoch = cfg.train_cfg.get('by_epoch', False)
+    whole = cfg.train_cfg.max_epochs if by_epoch else cfg.train_cfg.max_iters
+    per_epoch = 3 if by_epoch else 1
+    for length in (1, whole // 2, whole):
+        lengths = {True: length if by_epoch else inf, False: length * per_epoch}
+        settings, left_out = shorten_schedulers(cfg.param_scheduler, lengths)
+        assert len(settings) + len(left_out) == len(cfg.param_scheduler)
+        if length == whole:
+            assert settings == cfg.param_scheduler
+        highest = cfg.optim_wrapper.optimizer.lr
+        weight = torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.SGD([weight], lr=highest)
+        schedulers = [
+            PARAM_SCHEDULERS.build(
+                {'end': length, **scheduler},
+                default_args=dict(optimizer=optimizer, epoch_length=per_epoch),
+            )
+            for scheduler in settings
+        ]
+        assert all(
+            scheduler.end <= lengths[scheduler.by_epoch] for scheduler in schedulers
+        )
+        if schedulers:
+            # The last one ends with the training, or as long before it as it did.
+            last, tail = schedulers[-1], cfg.param_scheduler[-1].get('end', whole)
+            reached = last.end == lengths[last.by_epoch]
+            assert reached == (length < whole or tail == whole)
 
 
 @pytest.mark.parametrize('name', CLASSIFIERS)

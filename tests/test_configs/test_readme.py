@@ -8,6 +8,9 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
 
+from spvit_mm.apis import load_config
+from spvit_mm.utils import UserError
+
 from .small import ROOT
 
 DOCUMENTS = [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')]
@@ -40,6 +43,18 @@ def test_readme_replaces_an_arch(example, mmpretrain_scope):
     assert len(model.backbone.layers) == 8
     assert model.backbone.embed_dims == model.head.in_channels == 256
     assert sum(layer.takes_grid for layer in model.backbone.layers) == 6
+
+
+def test_readme_inherits_from_the_installed_package(example, tmp_path, monkeypatch):
+    """Found from any folder, and by mmengine alone."""
+    monkeypatch.chdir(tmp_path)
+    cfg = example('README.md', '__import__')
+    assert cfg.model.backbone.arch == 'deit-small'
+    # mmengine has a list of the packages that it takes `package::path` of.
+    inherits = tmp_path / 'other.py'
+    inherits.write_text("_base_ = 'spvit_mm::classification/any.py'")
+    with pytest.raises(UserError, match=r'__import__\("spvit_mm"\).* in place of'):
+        load_config(str(inherits))
 
 
 def test_segmentation_takes_other_classes(example):

@@ -19,7 +19,7 @@ def draw(tmp_path, mmpretrain_scope):
     model.data_preprocessor = SimpleNamespace(to_rgb=True)
     runner = SimpleNamespace(model=model)
 
-    def draw(paths, color=(0, 0, 0), **kwargs):
+    def draw(paths, color=(0, 0, 0), score=None, **kwargs):
         hook = HOOKS.build(
             dict(type='ClsVisualizationHook', enable=True, out_dir=str(tmp_path))
             | {'interval': 1, **kwargs}
@@ -31,6 +31,10 @@ def draw(tmp_path, mmpretrain_scope):
                     DataSample(metainfo={} if path is None else dict(img_path=path))
                     for path in paths[i : i + 3]
                 ]
+                if score is not None:
+                    scores = torch.tensor([0, score])
+                    for sample in samples:
+                        sample.set_gt_label(1).set_pred_label(1).set_pred_score(scores)
                 images = torch.tensor(color).view(1, 3, 1, 1).expand(-1, -1, 32, 32)
                 batch = dict(inputs=images.expand(len(samples), -1, -1, -1))
                 hook.after_test_iter(runner, i // 3, batch, samples)
@@ -70,3 +74,14 @@ def test_colors_are_those_of_the_image(draw, tmp_path):
     np.testing.assert_allclose(
         picture[-3:, -3:], np.broadcast_to(bgr, (3, 3, 3)), atol=3
     )
+
+
+def test_small_images_are_larger_than_their_text(draw, tmp_path):
+    (name,) = draw([None], color=(250, 250, 250), score=0.98)
+    picture = cv2.imread(str(tmp_path / name))
+    assert picture.shape == (224, 224, 3)
+    assert (picture > 240).mean() > 0.7
+    draw([None], resize=64)
+    assert cv2.imread(str(tmp_path / name)).shape == (64, 64, 3)
+    draw([None], rescale_factor=2.0)
+    assert cv2.imread(str(tmp_path / name)).shape == (64, 64, 3)

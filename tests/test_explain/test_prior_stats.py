@@ -68,4 +68,6 @@ def test_table_and_csv(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row['head'] for row in rows] == ['1', '2']
     assert float(rows[1]['radius']) == pytest.approx(focus[1].radius, rel=1e-5)
-    assert len(format_focus(focus).splitlines()) == 3
+    header, *lines = format_focus(focus).splitlines()
+    assert len(lines) == 2
+    assert header.split() == list(rows[0])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
 
 ARCH = dict(embed_dims=16, num_layers=4, num_heads=2, feedforward_channels=32)
@@ -51,6 +52,15 @@ def test_shapes(height, width, batch, stem, coords, with_cls_token):
     grid = (-(-height // 8), -(-width // 8))
     assert [m.shape for m in maps] == [(batch, 16, *grid)] * 3
     assert all(m.isfinite().all() for m in maps)
+
+
+@pytest.mark.parametrize('out_type', ['cls_token', 'avg_featmap', 'raw'])
+def test_a_segmentor_is_told_that_it_takes_maps(out_type):
+    build(out_type=out_type)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        build()
+        with pytest.raises(ValueError, match='necks and heads of mmseg take maps'):
+            build(out_type=out_type)
 
 
 @pytest.mark.parametrize('size', [(16, 64), (64, 16)])

@@ -11,7 +11,11 @@ from spvit_mm.explain import RELEVANCE_METHODS
 from spvit_mm.explain.binarize import CRITERIA
 
 ROOT = Path(__file__).parents[2]
-TOOLS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('tools/**/*.py'))
+TOOLS = sorted(
+    str(path.relative_to(ROOT))
+    for path in ROOT.glob('tools/**/*.py')
+    if path.name != 'launch.py'  # of the shell scripts, before torch's own launcher
+)
 # Runs a command as a script, and says which of the slow packages it has imported.
 CODE = """
 import runpy, sys

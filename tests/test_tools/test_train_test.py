@@ -4,16 +4,22 @@ import importlib.util
 import json
 import os
 import pickle
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.utils import ManagerMixin
 from mmpretrain.registry import MODELS
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+)
 
 from spvit_mm.apis import find_resume_checkpoint, run_cli
 from spvit_mm.utils import UserError, write_checkpoint
@@ -89,8 +95,34 @@ def test_resume(trained, tmp_path, capsys):
     (here / 'last_checkpoint').write_text('/gone/epoch_1.pth')
     longer = 'train_cfg.max_epochs=2'
     command('train.py', config, '--work-dir', here, '--resume', '--cfg-options', longer)
-    assert 'resumed epoch: 1' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'resumed epoch: 1' in out
     assert (here / 'epoch_2.pth').is_file()
+    assert 'a schedule of another length, which ends at epoch 1.' in out
+    # Nothing is left: a job that is queued again ends well, and says so.
+    command('train.py', config, '--work-dir', here, '--resume', '--cfg-options', longer)
+    out = capsys.readouterr().out
+    assert 'Nothing is left to train: the checkpoint was written after epoch 2' in out
+    assert 'another length' not in out
+
+
+def test_resume_of_iterations(data, tmp_path, capsys):
+    """The schedule of the config is longer than its training, and is not a change."""
+    config = write_config(tmp_path / 'c.py', data, by_epoch=False, length=4)
+    work = ('--work-dir', tmp_path / 'w', '--no-validate')
+    command('train.py', config, *work, '--cfg-options', 'train_cfg.max_iters=2')
+    command('train.py', config, *work, '--resume')
+    out = capsys.readouterr().out
+    assert 'resumed epoch: 0, iter: 2' in out
+    assert 'a schedule of another length, which ends at iter 2.' in out
+    shutil.rmtree(tmp_path / 'w')
+    options = ('--cfg-options', 'default_hooks.checkpoint.interval=2')
+    command('train.py', config, *work, *options)
+    command('train.py', config, *work, '--resume', tmp_path / 'w/iter_2.pth')
+    assert 'another length' not in capsys.readouterr().out
+    command('train.py', config, *work, '--resume')
+    out = capsys.readouterr().out
+    assert 'after iter 4, and train_cfg.max_iters is 4.' in out
 
 
 def test_a_work_dir_that_is_not_empty(trained, tmp_path, capsys):
@@ -145,6 +177,10 @@ def test_test_outputs(trained, tmp_path, capsys):
     assert '--interval must be 1 or more' in text
     text = fails(capsys, *common, '--tta', '--show-dir', tmp_path / 'pictures')
     assert 'cannot be combined with --tta' in text
+    plt.switch_backend('agg')
+    text = fails(capsys, *common, '--show')
+    assert 'there is no display to open one on' in text
+    assert '--show-dir FOLDER' in text
 
     metrics = {}
     for name in ('plain', 'tta', 'amp'):
@@ -153,6 +189,29 @@ def test_test_outputs(trained, tmp_path, capsys):
         command(*common, '--out', out, '--out-item', 'metrics', *option)
         metrics[name] = json.loads(out.read_text())
     assert all(0 <= m['accuracy/top1'] <= 100 for m in metrics.values())
+
+
+def test_testing_leaves_the_config_of_the_training(trained, tmp_path):
+    config, work_dir = trained
+    here = tmp_path / 'work'
+    shutil.copytree(work_dir, here)
+    before = (here / 'tiny.py').read_text()
+    work = ('--work-dir', here, '--cfg-options')
+    command('test.py', config, here / 'epoch_1.pth', *work, 'train_cfg.max_epochs=7')
+    assert (here / 'tiny.py').read_text() == before
+    (own,) = [p for p in here.glob('*/tiny.py') if 'max_epochs=7' in p.read_text()]
+    assert list(own.parent.glob('*.log'))
+
+
+def test_mirror_images_only_where_the_training_has_them(trained, tmp_path, capsys):
+    config, work_dir = trained
+    text = fails(
+        capsys, 'test.py', config, work_dir / 'epoch_1.pth', '--tta',
+        '--work-dir', tmp_path, '--cfg-options',
+        'train_dataloader.dataset.pipeline=[]',
+    )  # fmt: skip
+    assert 'the training of this config shows no mirror images' in text
+    assert 'Set tta_pipeline' in text
 
 
 def test_another_models_checkpoint(trained, tmp_path, capsys):
@@ -393,14 +452,19 @@ def test_data_without_a_batch(data, tmp_path, capsys):
         assert 'makes no batch of 64' in line
 
 
-def test_flexible_runner(data, tmp_path):
+def test_flexible_runner(data, tmp_path, capsys):
     """It builds its parts itself."""
     more = (
         "runner_type = 'FlexibleRunner'\nstrategy = dict(type='SingleDeviceStrategy')"
     )
     config = write_config(tmp_path / 'c.py', data, length=1, more=more)
     command('train.py', config, '--work-dir', tmp_path / 'w')
-    assert (tmp_path / 'w/epoch_1.pth').is_file()
+    before = (tmp_path / 'w/c.py').read_text()
+    command('test.py', config, tmp_path / 'w/epoch_1.pth', '--work-dir', tmp_path / 'w')
+    assert (tmp_path / 'w/c.py').read_text() == before
+    capsys.readouterr()
+    command('train.py', config, '--work-dir', tmp_path / 'w', '--resume')
+    assert 'Nothing is left to train' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -503,6 +567,43 @@ def test_scripts(trained, data, tmp_path):
         done = subprocess.run([str(script)], capture_output=True, text=True)
         assert done.returncode == 2
         assert 'Usage' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_mistake_of_all_processes_is_one_line(tmp_path):
+    environment = dict(
+        os.environ,
+        PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+        PORT='29573',
+    )
+    done = subprocess.run(
+        [str(TOOLS / 'dist_train.sh'), str(tmp_path / 'none.py'), '2'],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    (line,) = [x for x in done.stderr.splitlines() if 'error' in x.lower()]
+    assert line.startswith('train.py: error: The config ')
+    assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('code', [1, 2, -9])
+def test_the_launcher_repeats_no_mistake_of_the_user(code, monkeypatch):
+    failures = {
+        rank: ProcessFailure(rank, 7, exitcode, 'no file')
+        for rank, exitcode in ((0, -15), (1, code))
+    }
+
+    def launch(args):
+        assert args.training_script == 'train.py'
+        raise ChildFailedError('train.py', failures)
+
+    monkeypatch.setattr('torch.distributed.run.run', launch)
+    with pytest.raises(SystemExit if code == 2 else ChildFailedError) as error:
+        runpy.run_path(str(TOOLS / 'launch.py'))['main'](['train.py'])
+    assert code != 2 or error.value.code == 2
 
 
 def test_a_deployed_checkpoint_is_told_in_words(tmp_path, capsys, mmpretrain_scope):

@@ -7,7 +7,7 @@ count whatever operator computes them.
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -24,6 +24,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser.add_argument(
         '--detail', action='store_true', help='print the figures of every module too'
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     parser.check_paths([args.config])
     return args
@@ -35,7 +36,7 @@ def main(argv: list) -> None:
     from spvit_mm.apis import build_model, image_shape, load_config
 
     args = parse_args(argv)
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, args.cfg_options)
     shape = (3, *image_shape(cfg, args.shape))
     model = build_model(cfg).eval()
     info = get_model_complexity_info(

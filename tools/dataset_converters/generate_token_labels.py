@@ -2,7 +2,7 @@
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -36,11 +36,23 @@ def parse_args(argv: list) -> argparse.Namespace:
         metavar='N',
         help='draw N images beside their label maps to <out>/preview.png',
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     # A name without .py is one of mmpretrain's.
     configs = [args.config] if args.config.endswith('.py') else []
     parser.check_paths(configs, [args.checkpoint])
     return args
+
+
+def read_config(name, options):
+    """The config of a path, or of a model that mmpretrain knows by name."""
+    from mmpretrain.apis.model import ModelHub
+
+    from spvit_mm.apis import change_config, load_config
+
+    if name.endswith('.py'):
+        return load_config(name, options)
+    return change_config(ModelHub.get(name).config, options)
 
 
 def main(argv: list) -> None:
@@ -53,7 +65,7 @@ def main(argv: list) -> None:
     check_device(args.device)
     check_checkpoint(args.checkpoint)
     with building(f'The teacher {args.config}'):
-        model = get_model(args.config)
+        model = get_model(read_config(args.config, args.cfg_options))
     load_whole(model, args.checkpoint)
     counts = generate_token_labels(
         model,

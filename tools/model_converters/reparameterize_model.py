@@ -6,7 +6,7 @@ Gives the same outputs and computes no prior any more.
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -25,6 +25,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser.add_argument(
         '--force', action='store_true', help='replace the file that is there'
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     parser.check_paths([args.config], [args.checkpoint])
     return args
@@ -36,7 +37,7 @@ def main(argv: list) -> None:
 
     args = parse_args(argv)
     out = check_new_file(args.out, ('.pth', '.safetensors'), args.force)
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, args.cfg_options)
     model, checkpoint = load_trained_model(cfg, args.checkpoint)
     backbone = getattr(model, 'backbone', None)
     if not hasattr(backbone, 'switch_to_deploy'):

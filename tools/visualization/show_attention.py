@@ -6,7 +6,7 @@ import argparse
 import os
 import os.path as osp
 
-from spvit_mm_cli import ArgumentParser, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -31,6 +31,7 @@ def parse_args(argv: list) -> argparse.Namespace:
         '--out-dir',
         help='folder for the PNGs (default: attention/ beside the checkpoint)',
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     parser.check_paths([args.config], [args.checkpoint])
     return args
@@ -42,7 +43,7 @@ def main(argv: list) -> None:
     from spvit_mm.utils import UserError
 
     args = parse_args(argv)
-    cfg, model = load_model(args.config, args.checkpoint)
+    cfg, model = load_model(args.config, args.checkpoint, args.cfg_options)
     (sample,) = load_samples(cfg, model, [args.image] if args.image else None, 1)
     layers = query_attention(model, sample.inputs[None], tuple(args.query))
     wanted = args.layers or range(1, len(layers) + 1)

@@ -6,7 +6,7 @@ an animation where --out ends in .gif."""
 import argparse
 import os.path as osp
 
-from spvit_mm_cli import ArgumentParser, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -22,7 +22,8 @@ def parse_args(argv: list) -> argparse.Namespace:
         '--compare',
         nargs=2,
         metavar=('CONFIG', 'CHECKPOINT'),
-        help='a second model, side by side with the first',
+        help='a second model, side by side with the first; --cfg-options changes both '
+        'configs',
     )
     parser.add_argument(
         '--out',
@@ -37,6 +38,7 @@ def parse_args(argv: list) -> argparse.Namespace:
         metavar=('H', 'W'),
         help='rows and columns of patches (default: those of the training)',
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     configs, checkpoints = [args.config], [*args.checkpoint]
     if args.compare:
@@ -78,10 +80,10 @@ def main(argv: list) -> None:
     title = f'Spatial priors of {name}'
     steps = {}
     for path in args.checkpoint:
-        maps = load_maps(args.config, path, args.grid)
+        maps = load_maps(args.config, path, args)
         steps[unique(steps, osp.splitext(osp.basename(path))[0])] = maps
     if args.compare:
-        other = load_maps(*args.compare, args.grid)
+        other = load_maps(*args.compare, args)
         if other[0].table.shape[1:] != maps[0].table.shape[1:]:
             raise UserError(
                 'The two models were trained on different grids. Give the one to show '
@@ -112,13 +114,13 @@ def main(argv: list) -> None:
     print(f'The priors of {len(layers)} SP-SA layers are drawn in {out}')
 
 
-def load_maps(config, checkpoint, grid):
+def load_maps(config, checkpoint, args):
     """The priors of a checkpoint."""
     from spvit_mm.apis import load_model
     from spvit_mm.explain import collect_priors
 
-    _, model = load_model(config, checkpoint)
-    return collect_priors(model, grid)
+    _, model = load_model(config, checkpoint, args.cfg_options)
+    return collect_priors(model, args.grid)
 
 
 def unique(names, name):

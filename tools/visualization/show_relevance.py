@@ -7,7 +7,7 @@ import csv
 import os.path as osp
 from importlib.util import find_spec
 
-from spvit_mm_cli import ArgumentParser, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -18,7 +18,8 @@ def parse_args(argv: list) -> argparse.Namespace:
         '--compare',
         nargs=2,
         metavar=('CONFIG', 'CHECKPOINT'),
-        help='a second model, such as the plain ViT, beside the first',
+        help='a second model, such as the plain ViT, beside the first; --cfg-options '
+        'changes both configs',
     )
     parser.add_argument(
         '--images', nargs='+', help='image files (default: of the test data set)'
@@ -47,6 +48,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser.add_argument(
         '--out', help='the PNG to write (default: relevance.png beside the checkpoint)'
     )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     configs, checkpoints = [args.config], [args.checkpoint]
     if args.compare:
@@ -73,7 +75,7 @@ def main(argv: list) -> None:
 
     columns, captions, rows, pictures = [], [], [], None
     for config, checkpoint in [(args.config, args.checkpoint), args.compare]:
-        cfg, model = load_model(config, checkpoint)
+        cfg, model = load_model(config, checkpoint, args.cfg_options)
         name = osp.splitext(osp.basename(config))[0].split('_1x')[0]
         samples = load_samples(cfg, model, args.images, args.count)
         pictures = pictures or [sample.picture for sample in samples]

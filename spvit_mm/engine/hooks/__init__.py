@@ -5,6 +5,7 @@ from .finite import FiniteHook
 from .load_report import LoadReportHook
 from .prior_visualization_hook import PriorVisualizationHook
 from .random_state import RandomStateHook
+from .resume_report import ResumeReportHook
 
 __all__ = [
     'AtomicCheckpointHook',
@@ -14,4 +15,5 @@ __all__ = [
     'LoadReportHook',
     'PriorVisualizationHook',
     'RandomStateHook',
+    'ResumeReportHook',
 ]

@@ -8,6 +8,9 @@ from mmpretrain.structures import DataSample
 
 from ...utils import unwrap_model
 
+# In pixels; mmpretrain's text is made for images of this size.
+SHORT_EDGE = 224
+
 
 @HOOKS.register_module()
 class ClsVisualizationHook(VisualizationHook):
@@ -17,7 +20,8 @@ class ClsVisualizationHook(VisualizationHook):
     ``cat/0.jpg``. Here it is named after the last folder and the file:
     ``cat_0_<step>.png``. An image without a path, and one whose name is taken, is told
     by its number in the data, from 0. Images that the model's preprocessor turns from
-    BGR to RGB are drawn in their true colors.
+    BGR to RGB are drawn in their true colors. Small images are enlarged, since the text
+    on them has a size of its own.
 
     In a distributed run the first process draws its share, as in mmpretrain.
 
@@ -63,6 +67,8 @@ class ClsVisualizationHook(VisualizationHook):
             image = image.flip(0)
         name = self._name(sample)
         draw_args = dict(self.draw_args)
+        if min(image.shape[1:]) < SHORT_EDGE and 'rescale_factor' not in draw_args:
+            draw_args.setdefault('resize', SHORT_EDGE)
         if self.out_dir is not None:
             draw_args['out_file'] = join_path(self.out_dir, f'{name}_{step}.png')
         self._visualizer.visualize_cls(
