@@ -38,6 +38,7 @@ from mmengine.runner import CheckpointLoader, Runner
 from spvit_mm.apis import (  # noqa: F401
     ArgumentParser,
     build_model,
+    check_finite,
     load_config,
     run_cli,
 )
@@ -513,6 +514,7 @@ def load_trained(cfg: Config, checkpoint: Path) -> torch.nn.Module:
     wrong = [*own.intersection(found.missing_keys), *found.unexpected_keys]
     if wrong:
         raise UserError(f'{checkpoint} does not fit the model: {", ".join(wrong)}.')
+    check_finite(model, str(checkpoint))
     return model.to(get_device()).eval()
 
 

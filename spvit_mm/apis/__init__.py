@@ -5,6 +5,7 @@ from .complexity import attention_flops, register_flop_counter
 from .configs import (
     build_model,
     check_checkpoint,
+    check_finite,
     image_shape,
     load_config,
     load_trained_model,
@@ -31,6 +32,7 @@ __all__ = [
     'build_trainer',
     'building',
     'check_checkpoint',
+    'check_finite',
     'distribute_on_cpu',
     'find_resume_checkpoint',
     'image_shape',

@@ -12,7 +12,13 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 
 from ..engine.hooks.load_report import reporting_loads
-from ..utils import UserError, check_checkpoint_file, describe_error
+from ..utils import (
+    CheckpointError,
+    UserError,
+    check_checkpoint_file,
+    describe_error,
+    first_not_finite,
+)
 from .cli import building
 
 
@@ -120,7 +126,8 @@ def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, d
 
     Raises:
         UserError: For a config or checkpoint that cannot be used, or a checkpoint that
-            fits only in part, or not at all; with what does not.
+            fits only in part, or not at all, with what does not; for weights that are
+            not finite.
     """
     check_checkpoint(checkpoint)
     model = build_model(cfg)
@@ -139,4 +146,20 @@ def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, d
         raise
     except ValueError as error:  # a model refuses what it knows, such as a deploy form
         raise UserError(f'{checkpoint} does not fit this model: {error}') from error
+    check_finite(model, checkpoint)
     return model.eval(), loaded
+
+
+def check_finite(model: torch.nn.Module, checkpoint: str) -> None:
+    """Raise a CheckpointError, which names the first, for weights that are no numbers.
+
+    Args:
+        model (nn.Module): A model that ``checkpoint`` was loaded into.
+        checkpoint (str): Its path, for the message.
+    """
+    name = first_not_finite(model.state_dict().items())
+    if name:
+        raise CheckpointError(
+            f'{checkpoint} holds nan or infinity, first in {name}: the training that '
+            'wrote it diverged. Take an earlier checkpoint.'
+        )

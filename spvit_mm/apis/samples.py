@@ -10,7 +10,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
 from PIL import Image, UnidentifiedImageError
 
-from ..utils import UserError
+from ..utils import UserError, first_not_finite
 from .cli import building
 from .configs import load_config, load_trained_model
 
@@ -90,6 +90,11 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
 
 def _sample(model, name, data):
     batch = model.data_preprocessor(pseudo_collate([data]), False)
+    if first_not_finite([(name, batch['inputs'][0])]):
+        raise UserError(
+            f'{name} holds nan or infinity after the test pipeline and the '
+            'data_preprocessor. Check the file, and mean and std of data_preprocessor.'
+        )
     picture = data['inputs'].permute(1, 2, 0).numpy().astype(np.uint8)
     if getattr(model.data_preprocessor, 'to_rgb', False):
         picture = picture[..., ::-1]  # it was loaded as BGR

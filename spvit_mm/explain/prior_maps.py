@@ -8,7 +8,7 @@ import torch
 
 from ..models import SpatialPrior, SpatialPriorAttention
 from ..models.attention import GridAttention
-from ..utils import UserError, figure_to_image, new_figure
+from ..utils import UserError, figure_to_image, first_not_finite, new_figure
 
 # Of offsets that a prior masks, in no colour map used here.
 MASKED = '0.75'
@@ -66,8 +66,8 @@ def collect_priors(model, hw=None):
         shares its priors.
 
     Raises:
-        UserError: If there is no spatial prior in the model, or no grid is
-            known.
+        UserError: If there is no spatial prior in the model, no grid is known, or
+            a prior is not finite.
     """
     missing = why_no_priors(model)
     if missing:
@@ -91,6 +91,9 @@ def collect_priors(model, hw=None):
         if combine == 'both':
             layer += ', added' if added else ', multiplied'
         table, keep = module(grid), module.keep(grid)
+        visible = table if keep is None else table.masked_fill(~keep, 1.0)
+        if first_not_finite([(layer, visible)]):
+            raise UserError(f'The prior of {layer} holds nan or infinity.')
         if keep is not None:
             table = table.masked_fill(~keep, float('nan'))
         maps.append(PriorMap(layer, table.float().cpu().numpy(), added))

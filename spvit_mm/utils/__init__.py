@@ -11,6 +11,7 @@ from .errors import (
 )
 from .figures import figure_to_image, new_figure
 from .files import check_new_file, prepare_picture, whole_file
+from .finite import first_not_finite
 from .modules import unwrap_model
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     'check_new_file',
     'describe_error',
     'figure_to_image',
+    'first_not_finite',
     'new_figure',
     'prepare_picture',
     'read_checkpoint',

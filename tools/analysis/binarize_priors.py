@@ -16,7 +16,7 @@ from mmengine.runner import Runner, set_random_seed
 from spvit_mm.apis import ArgumentParser, building, load_model, run_cli
 from spvit_mm.explain import binarize, offset_mass
 from spvit_mm.explain.binarize import CRITERIA
-from spvit_mm.utils import UserError, new_figure, prepare_picture
+from spvit_mm.utils import UserError, first_not_finite, new_figure, prepare_picture
 
 
 def main(argv: list) -> None:
@@ -89,6 +89,12 @@ def main(argv: list) -> None:
         for batch, _ in zip(train, range(args.mass_batches), strict=False)
     )
     masses, grid = offset_mass(model, images)
+    wrong = first_not_finite((name, m.mass) for name, m in masses.items())
+    if wrong:
+        raise UserError(
+            f'The attention of {wrong} is nan or infinite for images of the training '
+            'data. Check them, and mean and std of data_preprocessor.'
+        )
 
     header = ['keep', 'offsets', 'mass', 'accuracy']
     header += ['finetuned'] if args.finetune else []

@@ -2,7 +2,13 @@
 
 from mmpretrain import get_model
 
-from spvit_mm.apis import ArgumentParser, building, check_checkpoint, run_cli
+from spvit_mm.apis import (
+    ArgumentParser,
+    building,
+    check_checkpoint,
+    check_finite,
+    run_cli,
+)
 from spvit_mm.datasets.teacher import generate_token_labels
 
 
@@ -45,6 +51,7 @@ def main(argv):
     check_checkpoint(args.checkpoint)
     with building(f'The teacher {args.config}'):
         model = get_model(args.config, pretrained=args.checkpoint, device=args.device)
+    check_finite(model, args.checkpoint)
     counts = generate_token_labels(
         model,
         args.images,

@@ -17,7 +17,7 @@ from spvit_mm.apis import (
     scope_of,
 )
 from spvit_mm.datasets import checks
-from spvit_mm.utils import UserError, new_figure, prepare_picture
+from spvit_mm.utils import UserError, first_not_finite, new_figure, prepare_picture
 
 
 def colour(mask, palette):
@@ -61,6 +61,11 @@ def main(argv: list) -> None:
         data = dataset[i]
         with torch.no_grad():
             sample = model.test_step(pseudo_collate([data]))[0]
+        if first_not_finite([('logits', sample.seg_logits.data)]):
+            raise UserError(
+                f'The prediction for {sample.img_path} holds nan or infinity. Check '
+                'the file, and mean and std of data_preprocessor.'
+            )
         predicted = sample.pred_sem_seg.data[0].cpu().numpy()
         truth = sample.gt_sem_seg.data[0].cpu().numpy()
         row[0].imshow(mmcv.imread(sample.img_path, channel_order='rgb'))

@@ -1,0 +1,161 @@
+"""Mistakes of users at the commands other than training and testing.
+
+The table of docs/reliability.md under "Other commands" is these cases; where it differs,
+the last test prints the lines that belong there.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spvit_mm.apis import build_model, load_config, run_cli
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / 'configs'
+PRIORS = CONFIGS / 'classification/spvit-mini_1xb64-50e_digits.py'
+PLAIN = CONFIGS / 'classification/spvit-mini_0spsa_1xb64-50e_digits.py'
+SCENES = CONFIGS / 'segmentation/spvit-mini_upernet_1xb16-700i_digit-scenes-64x96.py'
+TEACHER = CONFIGS / 'token_labeling/resnet-mini_1xb64-10e_digits.py'
+
+FLOPS = 'tools/analysis/get_flops.py'
+BINARIZE = 'tools/analysis/binarize_priors.py'
+SHOW_PRIORS = 'tools/visualization/show_priors.py'
+ATTENTION = 'tools/visualization/show_attention.py'
+RELEVANCE = 'tools/visualization/show_relevance.py'
+SEGMENTATION = 'tools/visualization/show_segmentation.py'
+LABELS = 'tools/dataset_converters/generate_token_labels.py'
+DEPLOY = 'tools/model_converters/reparameterize_model.py'
+STUDY = 'benchmarks/study.py'
+
+
+class Case(NamedTuple):
+    """One mistake.
+
+    Attributes:
+        kind (str): What is wrong, in words: the first column of the table.
+        command (str): The command, names in braces being those of ``files``.
+        says (str): What its message holds: the second column.
+    """
+
+    kind: str
+    command: str
+    says: str
+
+
+CASES = [
+    Case(
+        'a checkpoint with nan, drawn',
+        f'{SHOW_PRIORS} {{priors}} {{nan.pth}} --out {{new}}/a.png',
+        'holds nan or infinity, first in backbone.layers.1.attn.qkv.weight: the '
+        'training that wrote it diverged. Take an earlier checkpoint.',
+    ),
+    Case(
+        'a checkpoint with nan, folded into constants',
+        f'{DEPLOY} {{priors}} {{nan.pth}} {{new}}/a.pth',
+        'holds nan or infinity, first in backbone.layers.1.attn.qkv.weight',
+    ),
+    Case(
+        'a teacher with nan',
+        f'{LABELS} {{teacher}} {{teacher_nan.pth}} {{images}} {{new}}/maps',
+        'holds nan or infinity, first in backbone.conv1.weight',
+    ),
+    Case(
+        'priors that overflow, of finite weights',
+        f'{SHOW_PRIORS} {{priors}} {{huge.pth}} --out {{new}}/a.png',
+        'The prior of layer 1 holds nan or infinity.',
+    ),
+    Case(
+        'pictures that become nan: data_preprocessor.std is 0',
+        f'{RELEVANCE} {{zero_std.py}} {{priors.pth}} --out {{new}}/a.png',
+        'holds nan or infinity after the test pipeline and the data_preprocessor. '
+        'Check the file, and mean and std of data_preprocessor.',
+    ),
+    Case(
+        'the same for a segmentor',
+        f'{SEGMENTATION} {{zero_std_scenes.py}} {{scenes.pth}} --out {{new}}/a.png',
+        'holds nan or infinity. Check the file, and mean and std of data_preprocessor.',
+    ),
+    Case(
+        'the same for the images that binarisation measures',
+        f'{BINARIZE} {{zero_std.py}} {{priors.pth}} --out {{new}}/a.png',
+        'is nan or infinite for images of the training data.',
+    ),
+]
+
+
+def save(path, config, change=None):
+    """A checkpoint of a new model, one of its tensors changed."""
+    state = build_model(load_config(str(config))).state_dict()
+    if change is not None:
+        name, value = change
+        state[name].view(-1)[0] = value
+    torch.save({'state_dict': state}, path)
+
+
+def write_child(path, config, line):
+    path.write_text(f"_base_ = '{config}'\n{line}\n")
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """What the commands name: good files, and bad ones."""
+    folder = tmp_path_factory.mktemp('files')
+    names = dict(priors=PRIORS, plain=PLAIN, scenes=SCENES, teacher=TEACHER)
+    for name, config in list(names.items()):
+        save(folder / f'{name}.pth', config)
+    qkv, w1 = 'backbone.layers.1.attn.qkv.weight', 'backbone.layers.0.attn.prior.w1'
+    save(folder / 'nan.pth', PRIORS, (qkv, float('nan')))
+    save(folder / 'huge.pth', PRIORS, (w1, 1e38))
+    save(folder / 'teacher_nan.pth', TEACHER, ('backbone.conv1.weight', float('nan')))
+
+    std = 'data_preprocessor=dict(std=[0.0, 0.0, 0.0])'
+    write_child(folder / 'zero_std.py', PRIORS, std)
+    write_child(folder / 'zero_std_scenes.py', SCENES, f'model=dict({std})')
+
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
+    picture.save(folder / 'picture.png')
+    for digit in range(10):
+        (folder / 'images' / str(digit)).mkdir(parents=True)
+        picture.save(folder / f'images/{digit}/0.png')
+    return {**{p.name: p for p in folder.iterdir()}, **names, 'new': folder / 'new'}
+
+
+def run(command, files):
+    """Run a command in this process; names that are there twice are loaded once."""
+    path, *argv = command.split()
+    path = ROOT / path
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # Names with dots are no fields of str.format.
+    for name in sorted(files, key=len, reverse=True):
+        argv = [word.replace(f'{{{name}}}', str(files[name])) for word in argv]
+    run_cli(module.main, path.name, ['' if word == "''" else word for word in argv])
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+
+
+@pytest.mark.parametrize('case', CASES, ids=[case.kind for case in CASES])
+def test_bad_input(case, files, capsys, benchmarks):
+    with pytest.raises(SystemExit) as end:
+        run(case.command, files)
+    assert end.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if ': error: ' in x]
+    assert case.says in line
+
+
+def test_the_table_is_the_cases():
+    text = (ROOT / 'docs/reliability.md').read_text()
+    section = text.partition('### Other commands')[2].partition('\n#')[0]
+    rows = [x for x in section.splitlines() if x.startswith('|')][2:]
+    expected = [f'| {case.kind} | {case.says} |' for case in CASES]
+    assert rows == expected, 'The table should be:\n' + '\n'.join(expected)
