@@ -16,6 +16,7 @@ from PIL import Image
 
 from spvit_mm.datasets.digits import load_digits_arrays, split_indices
 from spvit_mm.datasets.teacher import generate_token_labels
+from spvit_mm.utils import whole_file
 
 CONFIGS = experiments.ROOT / 'configs' / 'token_labeling'
 TEACHER = 'resnet-mini_1xb64-10e_digits'
@@ -57,6 +58,12 @@ def plan_students(data_root: Path, label_root: Path, args) -> list[Run]:
         for seed in range(args.seeds)
         for name, cfg in configs.items()
     ]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text as a whole or not at all."""
+    with whole_file(str(path)) as partial:
+        Path(partial).write_text(text)
 
 
 def main(argv: list[str]) -> None:
@@ -116,9 +123,9 @@ def main(argv: list[str]) -> None:
         lines.append(f'| {name} | {cells} |')
     table = '\n'.join(lines)
     print(f'\nTop-1 in % on the 360 test digits:\n\n{table}')
-    (args.work_dir / 'results.md').write_text(table + '\n')
+    write(args.work_dir / 'results.md', table + '\n')
     summary = json.dumps(dict(teacher=top1, **values), indent=1)
-    (args.work_dir / 'results.json').write_text(summary)
+    write(args.work_dir / 'results.json', summary)
     print(f'\nWritten to {args.work_dir}: results.md, results.json')
     print(f'Label maps to look at: {label_root}/preview.png')
 

@@ -42,7 +42,7 @@ from spvit_mm.apis import (  # noqa: F401
     load_config,
     run_cli,
 )
-from spvit_mm.utils import UserError, whole_file
+from spvit_mm.utils import UserError, check_new_file, check_new_folder, whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCURACY = 'accuracy/top1'
@@ -328,10 +328,9 @@ def add_run_options(parser: argparse.ArgumentParser, work_dir: str, seeds: int) 
     parser.add_argument(
         '--jobs', type=int, default=2, help='runs side by side (default: %(default)s)'
     )
-    parser.add_argument('--work-dir', type=Path, default=Path(work_dir))
+    parser.add_argument('--work-dir', default=work_dir)
     parser.add_argument(
         '--record',
-        type=Path,
         metavar='FILE',
         help='results to keep, as JSON lines; a run that is there is not repeated',
     )
@@ -343,10 +342,14 @@ def open_record(args, cfg: Config, **protocol) -> Record | None:
 
 
 def check_run_options(args) -> None:
+    """Options that cannot be meant, and places not to be written to, are UserErrors."""
     if args.seeds < 1 or args.jobs < 1:
         raise UserError(
             f'--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}.'
         )
+    args.work_dir = Path(check_new_folder(args.work_dir))
+    if args.record is not None:
+        args.record = Path(check_new_file(args.record, force=True))
 
 
 def run_all(

@@ -36,7 +36,7 @@ from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS, MODELS
 
 from spvit_mm.models import SPViT
-from spvit_mm.utils import UserError, new_figure
+from spvit_mm.utils import UserError, new_figure, save_figure
 
 STUDIES = experiments.ROOT / 'benchmarks' / 'studies.yml'
 CONFIG = experiments.ROOT / 'configs/classification/spvit-mini_1xb64-50e_digits.py'
@@ -265,7 +265,7 @@ def report(title: str, study: dict, runs: list[Run], results: list, out: Path) -
         draw_values(axes[2], tests, values)
         axes[2].set(xlabel='image at test', ylabel='top-1 (%), mean over seeds')
     figure.suptitle(title)
-    figure.savefig(out / 'results.png', dpi=120)
+    save_figure(figure, str(out / 'results.png'), dpi=120)
     print(f'\nWritten: {out}/results.csv, {out}/results.png')
 
 

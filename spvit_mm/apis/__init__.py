@@ -3,6 +3,7 @@
 from .cli import ArgumentParser, add_cfg_options, building, run_cli
 from .complexity import attention_flops, register_flop_counter
 from .configs import (
+    beside,
     build_model,
     check_checkpoint,
     check_finite,
@@ -26,6 +27,7 @@ __all__ = [
     'Sample',
     'add_cfg_options',
     'attention_flops',
+    'beside',
     'build_model',
     'build_runner',
     'build_tester',

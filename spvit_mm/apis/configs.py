@@ -114,6 +114,14 @@ def check_checkpoint(path: str) -> None:
     check_checkpoint_file(path)
 
 
+def beside(checkpoint: str, name: str) -> str:
+    """Where a command writes unless told: beside the checkpoint.
+
+    For one with an address (``https://...``) that is the working folder.
+    """
+    return name if '://' in checkpoint else osp.join(osp.dirname(checkpoint), name)
+
+
 def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, dict]:
     """Build the model of a config and load a checkpoint that must fit it wholly.
 

@@ -12,7 +12,14 @@ from mmengine.utils import ProgressBar
 from mmpretrain.datasets import CustomDataset
 from torch.utils.data import DataLoader, Subset
 
-from ..utils import LabelMapError, UserError, new_figure, whole_file
+from ..utils import (
+    LabelMapError,
+    UserError,
+    check_new_folder,
+    new_figure,
+    save_figure,
+    whole_file,
+)
 from .token_labels import (
     INFO_FILE,
     find_label_maps,
@@ -139,8 +146,7 @@ def generate_token_labels(
             raise UserError(f'`{name}` must be at least 1, got {value}.')
     if not osp.isdir(image_root):
         raise UserError(f'The folder of images {image_root!r} does not exist.')
-    if osp.exists(label_root) and not osp.isdir(label_root):
-        raise UserError(f'{label_root!r} is a file; give a folder for the label maps.')
+    label_root = check_new_folder(label_root)
 
     num_classes = model.head.num_classes
     classes = _class_folders(image_root)
@@ -296,4 +302,4 @@ def draw_preview(image_paths, map_paths, path, classes=None):
         figure.colorbar(shown, ax=row[2])
         for axis in row:
             axis.set_axis_off()
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)

@@ -8,7 +8,13 @@ import torch
 
 from ..models import SpatialPrior, SpatialPriorAttention
 from ..models.attention import GridAttention
-from ..utils import UserError, figure_to_image, first_not_finite, new_figure
+from ..utils import (
+    UserError,
+    figure_to_image,
+    first_not_finite,
+    new_figure,
+    whole_file,
+)
 
 # Of offsets that a prior masks, in no colour map used here.
 MASKED = '0.75'
@@ -246,15 +252,16 @@ def write_gif(frames, path, seconds=0.6):
         for frame in frames
     ]
     durations = [round(1000 * seconds)] * len(rest) + [round(4000 * seconds)]
-    first.save(
-        path,
-        format='GIF',
-        save_all=True,
-        append_images=rest,
-        duration=durations,
-        loop=0,
-        optimize=False,
-    )
+    with whole_file(path) as partial:
+        first.save(
+            partial,
+            format='GIF',
+            save_all=True,
+            append_images=rest,
+            duration=durations,
+            loop=0,
+            optimize=False,
+        )
 
 
 def _reach(tables):

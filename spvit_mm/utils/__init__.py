@@ -9,8 +9,14 @@ from .errors import (
     UserError,
     describe_error,
 )
-from .figures import figure_to_image, new_figure
-from .files import check_new_file, prepare_picture, whole_file
+from .figures import figure_to_image, new_figure, save_figure
+from .files import (
+    check_new_file,
+    check_new_folder,
+    check_new_picture,
+    whole_file,
+    write_csv,
+)
 from .finite import first_not_finite
 from .modules import unwrap_model
 
@@ -22,13 +28,16 @@ __all__ = [
     'UserError',
     'check_checkpoint_file',
     'check_new_file',
+    'check_new_folder',
+    'check_new_picture',
     'describe_error',
     'figure_to_image',
     'first_not_finite',
     'new_figure',
-    'prepare_picture',
     'read_checkpoint',
     'safe_loader',
+    'save_figure',
     'unwrap_model',
     'whole_file',
+    'write_csv',
 ]

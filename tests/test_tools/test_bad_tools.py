@@ -5,6 +5,7 @@ the last test prints the lines that belong there.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ import torch
 from PIL import Image
 
 from spvit_mm.apis import build_model, load_config, run_cli
+from spvit_mm.datasets.token_labels import write_label_map
+from spvit_mm.explain import write_gif
+from spvit_mm.utils import UserError, new_figure, save_figure, write_csv
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / 'configs'
@@ -85,7 +89,86 @@ CASES = [
         f'{BINARIZE} {{zero_std.py}} {{priors.pth}} --out {{new}}/a.png',
         'is nan or infinite for images of the training data.',
     ),
+    Case(
+        'an empty name of a picture',
+        f"{SHOW_PRIORS} {{priors}} {{junk.pth}} --out ''",
+        'The name of the file to write is empty.',
+    ),
+    Case(
+        'an empty name of a folder',
+        f"{ATTENTION} {{priors}} {{junk.pth}} --query 1 1 --out-dir ''",
+        'The name of the folder to write to is empty.',
+    ),
+    Case(
+        'an empty name of the folder of label maps',
+        f"{LABELS} {{teacher}} {{junk.pth}} {{images}} ''",
+        'The name of the folder to write to is empty.',
+    ),
+    Case(
+        'an empty name of a record',
+        f"{STUDY} prior --record ''",
+        'The name of the file to write is empty.',
+    ),
+    Case(
+        'a folder where a file is meant',
+        f'{BINARIZE} {{priors}} {{junk.pth}} --out {{images}}',
+        'is a folder. Give the name of a file to write.',
+    ),
+    Case(
+        'a file where a folder is meant',
+        f'{ATTENTION} {{priors}} {{junk.pth}} --query 1 1 --out-dir {{picture.png}}',
+        'is not a folder.',
+    ),
+    Case(
+        'a file where the folder of the studies is meant',
+        f'{STUDY} prior --work-dir {{picture.png}}',
+        'is not a folder.',
+    ),
+    Case(
+        'an ending that is no picture',
+        f'{RELEVANCE} {{priors}} {{junk.pth}} --out {{new}}/a.csv',
+        'must end in .png.',
+    ),
+    Case(
+        'a file that is there, without --force',
+        f'{DEPLOY} {{priors}} {{junk.pth}} {{nan.pth}}',
+        'exists. Give another name, or --force to replace the file.',
+    ),
+    Case(
+        'a folder that nobody can write to',
+        f'{SEGMENTATION} {{scenes}} {{junk.pth}} --out /proc/a.png',
+        'the folder /proc cannot be written: No such file or directory.',
+    ),
+    Case(
+        'a disk that is full when the picture is written',
+        f'{SHOW_PRIORS} {{priors}} {{priors.pth}} --out {{full}}/a.png',
+        'a.png cannot be written: the disk is full: No space left on device.',
+    ),
+    Case(
+        'a disk that is full when a checkpoint is written',
+        f'{DEPLOY} {{priors}} {{priors.pth}} {{full}}/a.pth',
+        'a.pth cannot be written: the disk is full: No space left on device.',
+    ),
 ]
+
+
+# What each command writes, and nothing of what it reads but names.
+WRITERS = {
+    SHOW_PRIORS: '{priors} {junk.pth} --out {out}.png',
+    ATTENTION: '{priors} {junk.pth} --query 1 1 --out-dir {out}',
+    RELEVANCE: '{priors} {junk.pth} --out {out}.png',
+    SEGMENTATION: '{scenes} {junk.pth} --out {out}.png',
+    BINARIZE: '{priors} {junk.pth} --out {out}.png',
+    LABELS: '{teacher} {junk.pth} {images} {out}',
+    DEPLOY: '{priors} {junk.pth} {out}.pth',
+    STUDY: 'prior --config {junk.pth} --work-dir {out}',
+    f'{STUDY} prior': '--config {junk.pth} --record {out}',
+    'benchmarks/resolution.py digits': '--cfg-options model=1 --out {out}',
+    'benchmarks/digits_token_labeling.py': '--work-dir {out}',
+    'benchmarks/draw_studies.py': '--out-dir {out}',
+    'benchmarks/speed.py': '--out-dir {out}',
+    'benchmarks/memory.py': '--out {out}.csv',
+}
 
 
 def save(path, config, change=None):
@@ -108,6 +191,12 @@ def files(tmp_path_factory):
     names = dict(priors=PRIORS, plain=PLAIN, scenes=SCENES, teacher=TEACHER)
     for name, config in list(names.items()):
         save(folder / f'{name}.pth', config)
+    (folder / 'junk.pth').write_text('no checkpoint')
+    # A disk that is full, for the files of these names, once.
+    (folder / 'full').mkdir()
+    for name in ('a.png', 'a.pth'):
+        partial = folder / f'full/.{os.getpid()}.partial.{name}'
+        partial.symlink_to('/dev/full')
     qkv, w1 = 'backbone.layers.1.attn.qkv.weight', 'backbone.layers.0.attn.prior.w1'
     save(folder / 'nan.pth', PRIORS, (qkv, float('nan')))
     save(folder / 'huge.pth', PRIORS, (w1, 1e38))
@@ -151,6 +240,37 @@ def test_bad_input(case, files, capsys, benchmarks):
     assert end.value.code == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if ': error: ' in x]
     assert case.says in line
+    assert not files['new'].exists(), 'nothing is left behind'
+
+
+@pytest.mark.parametrize('command', WRITERS)
+@pytest.mark.parametrize('where', ['/proc/x', '{junk.pth}/x'])
+def test_outputs_are_tried_first(command, where, files, capsys, benchmarks):
+    files = {**files, 'out': where.replace('{junk.pth}', str(files['junk.pth']))}
+    with pytest.raises(SystemExit) as end:
+        run(f'{command} {WRITERS[command]}', files)
+    assert end.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if ': error: ' in x]
+    assert 'cannot be written' in line
+
+
+@pytest.mark.parametrize(
+    'write',
+    [
+        lambda path: write_csv(path, [['a', 'b'], [1, 2]]),
+        lambda path: save_figure(new_figure(1, 1), path, dpi=50),
+        lambda path: write_gif([np.zeros((9, 9, 3), np.uint8)] * 2, path),
+        lambda path: write_label_map(path, torch.zeros(2, 1, 1, 1), 3),
+    ],
+    ids=['csv', 'png', 'gif', 'pt'],
+)
+def test_a_full_disk_leaves_the_old_file(write, tmp_path):
+    path = tmp_path / 'a.png'
+    path.write_text('old')
+    (tmp_path / f'.{os.getpid()}.partial.a.png').symlink_to('/dev/full')
+    with pytest.raises(UserError, match='a.png cannot be written: the disk is full'):
+        write(str(path))
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a.png', 'old')]
 
 
 def test_the_table_is_the_cases():

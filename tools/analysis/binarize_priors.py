@@ -3,7 +3,6 @@
 measure the accuracy against what is kept; with --finetune also after some epochs. Where
 a layer multiplies by one prior and adds another, the one that multiplies ranks."""
 
-import csv
 import os.path as osp
 from copy import deepcopy
 
@@ -13,10 +12,17 @@ from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
 
-from spvit_mm.apis import ArgumentParser, building, load_model, run_cli
+from spvit_mm.apis import ArgumentParser, beside, building, load_model, run_cli
 from spvit_mm.explain import binarize, offset_mass
 from spvit_mm.explain.binarize import CRITERIA
-from spvit_mm.utils import UserError, first_not_finite, new_figure, prepare_picture
+from spvit_mm.utils import (
+    UserError,
+    check_new_picture,
+    first_not_finite,
+    new_figure,
+    save_figure,
+    write_csv,
+)
 
 
 def main(argv: list) -> None:
@@ -71,8 +77,9 @@ def main(argv: list) -> None:
             '--finetune must be 0 or more, --mass-batches 1 or more and --lr-factor '
             'positive.'
         )
-    out = args.out or osp.join(osp.dirname(args.checkpoint), 'binarized.png')
-    out = prepare_picture(out) if args.out else out
+    if args.out is None:
+        args.out = beside(args.checkpoint, 'binarized.png')
+    out = check_new_picture(args.out)
     cfg, model = load_model(args.config, args.checkpoint)
     needed = ['test_dataloader', 'train_dataloader']
     needed += ['optim_wrapper'] if args.finetune else []
@@ -109,12 +116,9 @@ def main(argv: list) -> None:
             row.append(accuracy(one, test))
         rows.append(row)
         print('  '.join(f'{value:9.4f}' for value in row), flush=True)
-    draw(header, rows, args.by).savefig(out, dpi=120)
+    save_figure(draw(header, rows, args.by), out, dpi=120)
     table = osp.splitext(out)[0] + '.csv'
-    with open(table, 'w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([f'{value:.6g}' for value in row] for row in rows)
+    write_csv(table, [header, *([f'{value:.6g}' for value in row] for row in rows)])
     print(f'Written: {out} and {table}')
 
 

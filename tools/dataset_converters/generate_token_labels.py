@@ -10,6 +10,7 @@ from spvit_mm.apis import (
     run_cli,
 )
 from spvit_mm.datasets.teacher import generate_token_labels
+from spvit_mm.utils import check_new_folder
 
 
 def parse_args(argv):
@@ -48,6 +49,7 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
+    args.out = check_new_folder(args.out)
     check_checkpoint(args.checkpoint)
     with building(f'The teacher {args.config}'):
         model = get_model(args.config, pretrained=args.checkpoint, device=args.device)

@@ -2,12 +2,11 @@
 """Show where one patch of an image looks: content score, prior, their product or sum,
 and attention of every head, one PNG a layer."""
 
-import os
 import os.path as osp
 
-from spvit_mm.apis import ArgumentParser, load_model, load_samples, run_cli
+from spvit_mm.apis import ArgumentParser, beside, load_model, load_samples, run_cli
 from spvit_mm.explain import draw_query_attention, query_attention
-from spvit_mm.utils import UserError
+from spvit_mm.utils import UserError, check_new_folder, save_figure
 
 
 def main(argv: list) -> None:
@@ -33,6 +32,9 @@ def main(argv: list) -> None:
         help='folder for the PNGs (default: attention/ beside the checkpoint)',
     )
     args = parser.parse_args(argv)
+    if args.out_dir is None:
+        args.out_dir = beside(args.checkpoint, 'attention')
+    folder = check_new_folder(args.out_dir)
     cfg, model = load_model(args.config, args.checkpoint)
     (sample,) = load_samples(cfg, model, [args.image] if args.image else None, 1)
     layers = query_attention(model, sample.inputs[None], tuple(args.query))
@@ -40,15 +42,13 @@ def main(argv: list) -> None:
     wrong = [i for i in wanted if not 1 <= i <= len(layers)]
     if wrong:
         raise UserError(f'--layers takes numbers in 1..{len(layers)}, got {wrong}.')
-    folder = args.out_dir or osp.join(osp.dirname(args.checkpoint), 'attention')
-    os.makedirs(folder, exist_ok=True)
     row, column = args.query
     for i in wanted:
         layer = layers[i - 1]
         title = f'{layer.layer} ({layer.kind}), {sample.name}, patch ({row}, {column})'
         figure = draw_query_attention(layer, args.query, sample.picture, title)
         path = osp.join(folder, f'layer{i}_row{row}_column{column}.png')
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path, dpi=120)
         print(path)
 
 

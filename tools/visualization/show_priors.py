@@ -5,7 +5,7 @@ an animation where --out ends in .gif."""
 
 import os.path as osp
 
-from spvit_mm.apis import ArgumentParser, load_model, run_cli
+from spvit_mm.apis import ArgumentParser, beside, load_model, run_cli
 from spvit_mm.explain import (
     animate_priors,
     collect_priors,
@@ -17,7 +17,7 @@ from spvit_mm.explain import (
     write_focus,
     write_gif,
 )
-from spvit_mm.utils import UserError, prepare_picture
+from spvit_mm.utils import UserError, check_new_picture, save_figure
 
 
 def main(argv: list) -> None:
@@ -53,15 +53,15 @@ def main(argv: list) -> None:
         raise UserError(f'--grid takes two positive numbers, got {args.grid}.')
     if args.compare and len(args.checkpoint) > 1:
         raise UserError('--compare takes one checkpoint of each model, not a strip.')
-    out = args.out or osp.join(osp.dirname(args.checkpoint[-1]), 'priors.png')
+    if args.out is None:
+        args.out = beside(args.checkpoint[-1], 'priors.png')
+    out = check_new_picture(args.out, ('.png', '.gif'))
     animated = osp.splitext(out)[1] == '.gif'
     if animated and len(args.checkpoint) < 2:
         raise UserError(
             'A .gif shows several checkpoints of one training, got a single one: give '
             'two or more, in order, or let --out end in .png.'
         )
-    if args.out:
-        out = prepare_picture(out, ('.png', '.gif'))
 
     name = osp.splitext(osp.basename(args.config))[0]
     title = f'Spatial priors of {name}'
@@ -93,7 +93,7 @@ def main(argv: list) -> None:
     if animated:
         write_gif(frames, out)
     else:
-        figure.savefig(out, dpi=120)
+        save_figure(figure, out, dpi=120)
     focus = head_focus(maps)
     print(format_focus(focus))
     write_focus(osp.splitext(out)[0] + '.csv', focus)

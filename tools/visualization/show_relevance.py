@@ -2,13 +2,12 @@
 """Overlay what a classification rests on, for one model or two side by side, and
 check it by removing patches."""
 
-import csv
 import os.path as osp
 from importlib.util import find_spec
 
 import torch
 
-from spvit_mm.apis import ArgumentParser, load_model, load_samples, run_cli
+from spvit_mm.apis import ArgumentParser, beside, load_model, load_samples, run_cli
 from spvit_mm.explain import (
     RELEVANCE_METHODS,
     class_scores,
@@ -16,7 +15,7 @@ from spvit_mm.explain import (
     perturbation_test,
     relevance_maps,
 )
-from spvit_mm.utils import UserError, prepare_picture
+from spvit_mm.utils import UserError, check_new_picture, save_figure, write_csv
 
 
 def main(argv: list) -> None:
@@ -63,8 +62,9 @@ def main(argv: list) -> None:
         raise UserError(
             '--methods gradcam needs the grad-cam package: pip install grad-cam'
         )
-    out = args.out or osp.join(osp.dirname(args.checkpoint), 'relevance.png')
-    out = prepare_picture(out) if args.out else out
+    if args.out is None:
+        args.out = beside(args.checkpoint, 'relevance.png')
+    out = check_new_picture(args.out)
 
     columns, captions, rows, pictures = [], [], [], None
     for config, checkpoint in [(args.config, args.checkpoint), args.compare]:
@@ -80,7 +80,7 @@ def main(argv: list) -> None:
             rows += perturb(cfg, model, name, args)
         if args.compare is None:
             break
-    draw_relevance(pictures, columns, captions).savefig(out, dpi=120)
+    save_figure(draw_relevance(pictures, columns, captions), out, dpi=120)
     print(f'The relevance of {len(pictures)} images is drawn in {out}')
     if rows:
         report(rows, osp.splitext(out)[0] + '_perturbation.csv', args.perturb)
@@ -154,12 +154,11 @@ def report(rows, path, count):
         print(
             f'{name:<{width}}  {method:<12}  {p.most_area:24.3f}  {p.least_area:11.3f}'
         )
-    with open(path, 'w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(['model', 'method', 'removed', 'most_first', 'least_first'])
-        for name, method, p in rows:
-            for values in zip(p.removed, p.most, p.least, strict=True):
-                writer.writerow([name, method, *(f'{v:.4f}' for v in values)])
+    curves = [['model', 'method', 'removed', 'most_first', 'least_first']]
+    for name, method, p in rows:
+        for values in zip(p.removed, p.most, p.least, strict=True):
+            curves.append([name, method, *(f'{v:.4f}' for v in values)])
+    write_csv(path, curves)
     print(f'The curves are in {path}')
 
 

@@ -17,7 +17,13 @@ from spvit_mm.apis import (
     scope_of,
 )
 from spvit_mm.datasets import checks
-from spvit_mm.utils import UserError, first_not_finite, new_figure, prepare_picture
+from spvit_mm.utils import (
+    UserError,
+    check_new_picture,
+    first_not_finite,
+    new_figure,
+    save_figure,
+)
 
 
 def colour(mask, palette):
@@ -41,7 +47,7 @@ def main(argv: list) -> None:
     args = parser.parse_args(argv)
     if args.number < 1:
         raise UserError(f'--number must be at least 1, got {args.number}.')
-    out = prepare_picture(args.out)
+    out = check_new_picture(args.out)
     cfg = load_config(args.config, args.cfg_options)
     if scope_of(cfg) != 'mmseg':
         raise UserError(f'{args.config} is of the scope {scope_of(cfg)}, not mmseg.')
@@ -77,7 +83,7 @@ def main(argv: list) -> None:
         axes[0], ('image', 'ground truth', 'prediction'), strict=True
     ):
         axis.set_title(title)
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, dpi=110)
     print(f'Wrote {out}')
 
 
