@@ -154,6 +154,15 @@ def check_same_classes(training, other, split: str) -> None:
         )
 
 
+def patch_size(model) -> Optional[tuple]:
+    """Height and width, in pixels, of one patch of the backbone, if it has patches."""
+    embed = getattr(getattr(model, 'backbone', None), 'patch_embed', None)
+    if getattr(embed, 'init_out_size', None) is None:
+        return None
+    sizes = zip(embed.init_input_size, embed.init_out_size, strict=True)
+    return tuple(-(-pixels // patches) for pixels, patches in sizes)
+
+
 def check_crops(model, *datasets) -> None:
     """Raise an error for a crop that does not hold one patch of the backbone.
 
@@ -164,11 +173,9 @@ def check_crops(model, *datasets) -> None:
     Raises:
         UserError: It names the crop.
     """
-    embed = getattr(getattr(model, 'backbone', None), 'patch_embed', None)
-    if getattr(embed, 'init_out_size', None) is None:
+    patch = patch_size(model)
+    if patch is None:
         return
-    sizes = zip(embed.init_input_size, embed.init_out_size, strict=True)
-    patch = tuple(-(-pixels // patches) for pixels, patches in sizes)
     test_cfg = getattr(model, 'test_cfg', None) or {}
     crops = {'model.test_cfg.crop_size': test_cfg.get('crop_size')}
     for dataset in datasets:

@@ -6,15 +6,24 @@ the last test prints the lines that belong there.
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
+import mmcv
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from spvit_mm.apis import build_model, load_config, run_cli
+from spvit_mm.apis import (
+    build_model,
+    load_config,
+    load_model,
+    load_samples,
+    run_cli,
+)
 from spvit_mm.datasets.token_labels import write_label_map
 from spvit_mm.explain import write_gif
 from spvit_mm.utils import UserError, new_figure, save_figure, write_csv
@@ -90,7 +99,69 @@ CASES = [
         'is nan or infinite for images of the training data.',
     ),
     Case(
-        'an empty name of a picture',
+        'a folder given as a picture',
+        f'{ATTENTION} {{priors}} {{priors.pth}} --query 1 1 --image {{images}}',
+        'is a folder. Give the files.',
+    ),
+    Case(
+        'a picture that is not there',
+        f'{RELEVANCE} {{priors}} {{priors.pth}} --images {{new}}/a.png',
+        'a.png does not exist.',
+    ),
+    Case(
+        'an empty name of a picture to read',
+        f"{ATTENTION} {{priors}} {{priors.pth}} --query 1 1 --image ''",
+        "The picture '' does not exist.",
+    ),
+    Case(
+        'a link to a picture that is gone',
+        f'{RELEVANCE} {{priors}} {{priors.pth}} --images {{broken.png}}',
+        'is a link to nowhere.png, which does not exist.',
+    ),
+    Case(
+        'an empty file as a picture',
+        f'{RELEVANCE} {{priors}} {{priors.pth}} --images {{empty.png}}',
+        'empty.png cannot be read: it is empty.',
+    ),
+    Case(
+        'a text as a picture',
+        f'{RELEVANCE} {{priors}} {{priors.pth}} --images {{junk.pth}}',
+        'cannot be read: AssertionError: failed to load image',
+    ),
+    Case(
+        'a picture that was only partly downloaded',
+        f'{ATTENTION} {{priors}} {{priors.pth}} --query 1 1 --image {{cut.png}}',
+        'cut.png cannot be read',
+    ),
+    Case(
+        'a picture smaller than a patch',
+        f'{RELEVANCE} {{any_size.py}} {{priors.pth}} --images {{tiny.png}}',
+        'tiny.png is 2 x 3 pixels (h x w) after the test pipeline, smaller than one '
+        'patch of the model, 4 x 4.',
+    ),
+    Case(
+        'a config without test data, whose pipeline prepares pictures',
+        f'{ATTENTION} {{no_test.py}} {{priors.pth}} --query 1 1 --image {{picture.png}}',
+        'The config has no test_dataloader, whose pipeline says how images are prepared.',
+    ),
+    Case(
+        'a file given as the folder of images',
+        f'{LABELS} {{teacher}} {{teacher.pth}} {{picture.png}} {{new}}',
+        'is a file.',
+    ),
+    Case(
+        'a folder without images',
+        f'{LABELS} {{teacher}} {{teacher.pth}} {{full}} {{new}}',
+        'Found 0 files in subfolders of',
+    ),
+    Case(
+        'a picture among the images that cannot be read',
+        f'{LABELS} {{teacher}} {{teacher.pth}} {{images_one_bad}} {{labels}} --size 24 '
+        '--num-workers 0',
+        'bad.png (8 bytes) cannot be read',
+    ),
+    Case(
+        'an empty name of a picture to write',
         f"{SHOW_PRIORS} {{priors}} {{junk.pth}} --out ''",
         'The name of the file to write is empty.',
     ),
@@ -209,9 +280,20 @@ def files(tmp_path_factory):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
     picture.save(folder / 'picture.png')
+    picture.crop((0, 0, 3, 2)).save(folder / 'tiny.png')
+    (folder / 'empty.png').write_bytes(b'')
+    (folder / 'cut.png').write_bytes((folder / 'picture.png').read_bytes()[:600])
+    (folder / 'broken.png').symlink_to('nowhere.png')
+    pipeline = "dict(pipeline=[dict(type='PackInputs')])"
+    line = f'test_dataloader = dict(dataset={pipeline})'
+    write_child(folder / 'any_size.py', PRIORS, line)
+    write_child(folder / 'no_test.py', PRIORS, 'test_dataloader = None')
     for digit in range(10):
         (folder / 'images' / str(digit)).mkdir(parents=True)
         picture.save(folder / f'images/{digit}/0.png')
+    shutil.copytree(folder / 'images', folder / 'images_one_bad')
+    (folder / 'images_one_bad/9/bad.png').write_text('no image')
+    (folder / 'labels').mkdir()
     return {**{p.name: p for p in folder.iterdir()}, **names, 'new': folder / 'new'}
 
 
@@ -241,6 +323,27 @@ def test_bad_input(case, files, capsys, benchmarks):
     (line,) = [x for x in capsys.readouterr().err.splitlines() if ': error: ' in x]
     assert case.says in line
     assert not files['new'].exists(), 'nothing is left behind'
+
+
+KINDS = {
+    **{'RGB.png': 'RGB', 'grey.png': 'L', 'palette.png': 'P', 'RGBA.png': 'RGBA'},
+    **{'CMYK.jpg': 'CMYK', 'a.bmp': 'RGB', 'a.webp': 'RGB', 'a.tif': 'RGB'},
+}
+
+
+@pytest.mark.parametrize('config', ['priors', 'scenes'])
+def test_pictures_are_read_as_in_training(config, files, tmp_path):
+    rgb = Image.open(files['picture.png'])
+    for name, mode in KINDS.items():
+        rgb.convert(mode).save(tmp_path / name)
+    cv2.imwrite(str(tmp_path / '16-bit.png'), np.asarray(rgb).astype(np.uint16) * 257)
+    paths = [str(tmp_path / name) for name in (*KINDS, '16-bit.png')]
+    cfg, model = load_model(str(files[config]), str(files[f'{config}.pth']))
+    samples = load_samples(cfg, model, paths)
+    for path, sample in zip(paths, samples, strict=True):
+        expected = mmcv.imread(path, channel_order='rgb')
+        assert expected.std() > 1
+        np.testing.assert_array_equal(sample.picture, expected, err_msg=path)
 
 
 @pytest.mark.parametrize('command', WRITERS)

@@ -36,7 +36,9 @@ def main(argv: list) -> None:
         args.out_dir = beside(args.checkpoint, 'attention')
     folder = check_new_folder(args.out_dir)
     cfg, model = load_model(args.config, args.checkpoint)
-    (sample,) = load_samples(cfg, model, [args.image] if args.image else None, 1)
+    (sample,) = load_samples(
+        cfg, model, None if args.image is None else [args.image], 1
+    )
     layers = query_attention(model, sample.inputs[None], tuple(args.query))
     wanted = args.layers or range(1, len(layers) + 1)
     wrong = [i for i in wanted if not 1 <= i <= len(layers)]
