@@ -70,14 +70,14 @@ def main(argv: list[str]) -> None:
     parser = experiments.ArgumentParser(
         prog='digits_token_labeling.py', description=__doc__
     )
-    parser.add_argument('--epochs', type=int, help="instead of the configs'")
-    parser.add_argument('--teacher-epochs', type=int, help="instead of the config's")
+    # The learning rate warms up for 3 epochs.
+    epochs = experiments.number(4)
+    parser.add_argument('--epochs', type=epochs, help="instead of the configs'")
+    parser.add_argument('--teacher-epochs', type=epochs, help="instead of the config's")
     experiments.add_run_options(
         parser, work_dir='work_dirs/digits_token_labeling', seeds=3
     )
     args = parser.parse_args(argv)
-    if any(n is not None and n < 4 for n in (args.epochs, args.teacher_epochs)):
-        parser.error('the learning rate warms up for 3 epochs: give 4 or more')
     experiments.check_run_options(args)
 
     data_root = args.work_dir / 'digits'

@@ -40,6 +40,7 @@ from spvit_mm.apis import (  # noqa: F401
     build_model,
     check_finite,
     load_config,
+    number,
     run_cli,
 )
 from spvit_mm.utils import UserError, check_new_file, check_new_folder, whole_file
@@ -240,10 +241,10 @@ class Record:
         """
         results = {}
         text = self.path.read_text() if self.path.exists() else ''
-        for number, line in enumerate(text.split('\n')[:-1]):
+        for index, line in enumerate(text.split('\n')[:-1]):
             try:
                 line = json.loads(line)
-                if number == 0 or 'protocol' in line:
+                if index == 0 or 'protocol' in line:
                     self._compare(line['protocol'])
                     continue
                 name = (line['setting'], line['seed'])
@@ -251,7 +252,7 @@ class Record:
                 same, tests = known['key'] == line['key'], line['tests']
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(
-                    f'{self.path}, line {number + 1}: no record of results.'
+                    f'{self.path}, line {index + 1}: no record of results.'
                 ) from error
             if not same:
                 raise UserError(
@@ -321,12 +322,15 @@ def add_run_options(parser: argparse.ArgumentParser, work_dir: str, seeds: int) 
     """Add the options that all studies have."""
     parser.add_argument(
         '--seeds',
-        type=int,
+        type=number(1),
         default=seeds,
         help='seeds 0, 1, ... (default: %(default)s)',
     )
     parser.add_argument(
-        '--jobs', type=int, default=2, help='runs side by side (default: %(default)s)'
+        '--jobs',
+        type=number(1),
+        default=2,
+        help='runs side by side (default: %(default)s)',
     )
     parser.add_argument('--work-dir', default=work_dir)
     parser.add_argument(
@@ -342,11 +346,7 @@ def open_record(args, cfg: Config, **protocol) -> Record | None:
 
 
 def check_run_options(args) -> None:
-    """Options that cannot be meant, and places not to be written to, are UserErrors."""
-    if args.seeds < 1 or args.jobs < 1:
-        raise UserError(
-            f'--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}.'
-        )
+    """A place that cannot be written to is a UserError."""
     args.work_dir = Path(check_new_folder(args.work_dir))
     if args.record is not None:
         args.record = Path(check_new_file(args.record, force=True))

@@ -32,7 +32,7 @@ from comparison import draw_values, values_table
 from measuring import write_csv
 from mmengine.config import DictAction
 
-from spvit_mm.utils import UserError, check_new_file, new_figure, save_figure
+from spvit_mm.utils import check_new_file, new_figure, save_figure
 
 CONFIGS = experiments.ROOT / 'configs'
 TASKS = {
@@ -169,7 +169,12 @@ def main(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('task', choices=TASKS)
-    parser.add_argument('--iters', type=int, default=600, help='of each training')
+    parser.add_argument(
+        '--iters',
+        type=experiments.number(51),
+        default=600,
+        help='of each training, 50 of them warm-up',
+    )
     parser.add_argument('--data-root', type=Path, help='folder of the data')
     parser.add_argument('--out', help='stem of the CSV and PNG')
     parser.add_argument(
@@ -177,8 +182,6 @@ def main(argv):
     )
     experiments.add_run_options(parser, work_dir='work_dirs/resolution', seeds=1)
     args = parser.parse_args(argv)
-    if args.iters < 51:
-        raise UserError(f'--iters must be above 50, the warm-up, got {args.iters}.')
     experiments.check_run_options(args)
     if args.out is None:
         args.out = f'outputs/resolution-{args.task}'

@@ -287,15 +287,20 @@ def main(argv: list[str]) -> None:
         '--baseline', metavar='NAME', help="compare all with this one, not the study's"
     )
     parser.add_argument('--config', default=str(CONFIG), help='what is trained')
-    parser.add_argument('--epochs', type=int, help="instead of the config's")
+    parser.add_argument(
+        '--epochs', type=experiments.number(1), help="instead of the config's"
+    )
     parser.add_argument(
         '--val-interval',
-        type=int,
+        type=experiments.number(1),
         metavar='EPOCHS',
         help="instead of the study's, or 5",
     )
     parser.add_argument(
-        '--reach', type=float, metavar='PERCENT', help='accuracy to count the epochs to'
+        '--reach',
+        type=experiments.number(0, 100, float),
+        metavar='PERCENT',
+        help='accuracy to count the epochs to',
     )
     experiments.add_run_options(parser, work_dir='work_dirs/studies', seeds=5)
     args = parser.parse_args(argv)

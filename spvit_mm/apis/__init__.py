@@ -7,13 +7,15 @@ from .configs import (
     build_model,
     check_checkpoint,
     check_finite,
+    check_size,
     image_shape,
     load_config,
     load_trained_model,
     scope_of,
 )
+from .options import number
 from .runner import build_runner, distribute_on_cpu
-from .samples import Sample, load_model, load_samples
+from .samples import Sample, load_classifier, load_model, load_samples
 from .test import build_tester, merge_test_args, parse_test_args
 from .train import (
     build_trainer,
@@ -35,15 +37,18 @@ __all__ = [
     'building',
     'check_checkpoint',
     'check_finite',
+    'check_size',
     'distribute_on_cpu',
     'find_resume_checkpoint',
     'image_shape',
+    'load_classifier',
     'load_config',
     'load_model',
     'load_samples',
     'load_trained_model',
     'merge_test_args',
     'merge_train_args',
+    'number',
     'parse_test_args',
     'parse_train_args',
     'register_flop_counter',

@@ -3,12 +3,14 @@
 import argparse
 import atexit
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Optional
 
+import torch
 import torch.distributed as dist
 from mmengine.config import DictAction
 
@@ -33,11 +35,14 @@ def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
     try:
         with safe_loader(trust=TRUST in argv):
             main(argv)
-    except UserError as error:
+    except (UserError, MemoryError, RuntimeError) as error:
+        reason = str(error) if isinstance(error, UserError) else _out_of_memory(error)
+        if reason is None:
+            raise
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         # One that a data-loading worker raised comes with the worker's traceback.
-        message = str(error).rsplit(f'{type(error).__name__}: ', 1)[-1]
+        message = reason.rsplit(f'{type(error).__name__}: ', 1)[-1]
         print(f'{prog}: error: {message.strip()}', file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == 'gloo':
@@ -48,6 +53,19 @@ def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _out_of_memory(error: Exception) -> Optional[str]:
+    """What to say of an error that is memory running out; None for any other."""
+    text = str(error)
+    known = (MemoryError, torch.cuda.OutOfMemoryError)
+    if not isinstance(error, known) and "can't allocate memory" not in text:
+        return None
+    asked = re.search(r'[Tt]ried to allocate [\d.,]+ ?\w+', text)
+    return (
+        f'There is not enough memory{f" ({asked[0]})" if asked else ""}. Ask for less at '
+        'a time: a smaller image, grid or batch.'
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 
+from ..datasets.checks import patch_size
 from ..engine.hooks.load_report import reporting_loads
 from ..utils import (
     CheckpointError,
@@ -75,6 +76,22 @@ def image_shape(cfg: Config, given: Optional[list] = None) -> tuple[int, int]:
     if len(shape) > 2 or min(shape) < 1:
         raise UserError(f'--shape takes one or two positive numbers, got {shape}.')
     return shape[0], shape[-1]
+
+
+def check_size(model: torch.nn.Module, size: tuple, what: str) -> None:
+    """Raise a UserError for an image that does not hold one patch of the model.
+
+    Args:
+        model (nn.Module): With a backbone.
+        size (Tuple[int, int]): Height and width of the image.
+        what (str): What to call it.
+    """
+    patch = patch_size(model)
+    if patch is not None and (size[0] < patch[0] or size[1] < patch[1]):
+        raise UserError(
+            f'{what}: {size[0]} x {size[1]} pixels (h x w) are less than one patch of '
+            f'the model, {patch[0]} x {patch[1]}.'
+        )
 
 
 def build_model(cfg: Config) -> torch.nn.Module:

@@ -10,10 +10,9 @@ import torch
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
 
-from ..datasets.checks import patch_size
 from ..utils import UserError, first_not_finite
 from .cli import building
-from .configs import load_config, load_trained_model
+from .configs import check_size, load_config, load_trained_model
 
 
 def load_model(config: str, checkpoint: str):
@@ -27,6 +26,17 @@ def load_model(config: str, checkpoint: str):
     """
     cfg = load_config(config)
     model, _ = load_trained_model(cfg, checkpoint)
+    return cfg, model
+
+
+def load_classifier(config: str, checkpoint: str):
+    """:func:`load_model` of an image classifier; any other model is a UserError."""
+    cfg, model = load_model(config, checkpoint)
+    if not hasattr(model, 'head'):
+        raise UserError(
+            f'{config} describes a {type(model).__name__}; this command takes an image '
+            'classifier, a model with a head.'
+        )
     return cfg, model
 
 
@@ -149,12 +159,7 @@ def _sample(model, name, data, bgr):
             f'{name} holds nan or infinity after the test pipeline and the '
             'data_preprocessor. Check the file, and mean and std of data_preprocessor.'
         )
-    sides, patch = data['inputs'].shape[-2:], patch_size(model)
-    if patch is not None and (sides[0] < patch[0] or sides[1] < patch[1]):
-        raise UserError(
-            f'{name} is {sides[0]} x {sides[1]} pixels (h x w) after the test pipeline, '
-            f'smaller than one patch of the model, {patch[0]} x {patch[1]}.'
-        )
+    check_size(model, data['inputs'].shape[-2:], f'{name}, after the test pipeline')
     picture = data['inputs'].permute(1, 2, 0).numpy().astype(np.uint8)
     if bgr:
         picture = picture[..., ::-1]

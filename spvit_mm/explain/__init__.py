@@ -19,7 +19,13 @@ from .prior_maps import (
     write_gif,
 )
 from .prior_stats import HeadFocus, format_focus, head_focus, write_focus
-from .recording import AttentionMap, Recording, attention_terms, record_attention
+from .recording import (
+    AttentionMap,
+    Recording,
+    attention_terms,
+    find_attentions,
+    record_attention,
+)
 from .relevance import METHODS as RELEVANCE_METHODS
 from .relevance import (
     Perturbation,
@@ -53,6 +59,7 @@ __all__ = [
     'draw_priors',
     'draw_strip',
     'draw_query_attention',
+    'find_attentions',
     'format_focus',
     'head_focus',
     'query_attention',

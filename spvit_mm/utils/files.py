@@ -42,7 +42,9 @@ def check_new_folder(path: str) -> str:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise _unwritable(f'the folder {path}', error) from error
+        raise UserError(
+            f'Nothing can be written to the folder {path}: {_reason(error)}.'
+        ) from error
     return path
 
 
@@ -122,9 +124,13 @@ def _why_no_more(path: str) -> Optional[OSError]:
     return None
 
 
-def _unwritable(what: str, error: OSError) -> UserError:
+def _unwritable(path: str, error: OSError) -> UserError:
+    return UserError(f'{path} cannot be written: {_reason(error)}.')
+
+
+def _reason(error: OSError) -> str:
     full = 'the disk is full: ' if error.errno in FULL else ''
-    return UserError(f'{what} cannot be written: {full}{error.strerror or error}.')
+    return f'{full}{error.strerror or error}'
 
 
 def write_csv(path: str, rows: Iterable) -> None:

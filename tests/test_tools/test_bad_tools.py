@@ -136,8 +136,8 @@ CASES = [
     Case(
         'a picture smaller than a patch',
         f'{RELEVANCE} {{any_size.py}} {{priors.pth}} --images {{tiny.png}}',
-        'tiny.png is 2 x 3 pixels (h x w) after the test pipeline, smaller than one '
-        'patch of the model, 4 x 4.',
+        'tiny.png, after the test pipeline: 2 x 3 pixels (h x w) are less than one patch '
+        'of the model, 4 x 4.',
     ),
     Case(
         'a config without test data, whose pipeline prepares pictures',
@@ -159,6 +159,117 @@ CASES = [
         f'{LABELS} {{teacher}} {{teacher.pth}} {{images_one_bad}} {{labels}} --size 24 '
         '--num-workers 0',
         'bad.png (8 bytes) cannot be read',
+    ),
+    Case(
+        '--count 0',
+        f'{RELEVANCE} {{priors}} {{junk.pth}} --count 0',
+        "--count: takes whole numbers from 1 to 250, got '0'",
+    ),
+    Case(
+        '--count 100000: more than a PNG can hold',
+        f'{RELEVANCE} {{priors}} {{junk.pth}} --count 100000',
+        "--count: takes whole numbers from 1 to 250, got '100000'",
+    ),
+    Case(
+        '--perturb -1',
+        f'{RELEVANCE} {{priors}} {{junk.pth}} --perturb -1',
+        "--perturb: takes whole numbers from 0 on, got '-1'",
+    ),
+    Case(
+        '--target of a class that the model does not have',
+        f'{RELEVANCE} {{priors}} {{priors.pth}} --target 10 --images {{junk.pth}}',
+        '--target takes a class of the model, from 0 to 9, got 10.',
+    ),
+    Case(
+        '--number 0',
+        f'{SEGMENTATION} {{scenes}} {{junk.pth}} --number 0',
+        "--number: takes whole numbers from 1 to 250, got '0'",
+    ),
+    Case(
+        '--grid 0 3',
+        f'{SHOW_PRIORS} {{priors}} {{junk.pth}} --grid 0 3',
+        "--grid: takes whole numbers from 1 on, got '0'",
+    ),
+    Case(
+        '--grid 9999999 9999999: more than the memory',
+        f'{SHOW_PRIORS} {{priors}} {{priors.pth}} --grid 9999999 9999999',
+        'There is not enough memory (tried to allocate ',
+    ),
+    Case(
+        '--grid that is no number, of a deploy form',
+        f'{DEPLOY} {{priors}} {{junk.pth}} {{new}}/a.pth --grid 3 x',
+        "--grid: takes whole numbers from 1 on, got 'x'",
+    ),
+    Case(
+        '--query outside of the grid',
+        f'{ATTENTION} {{priors}} {{priors.pth}} --query 6 0 --out-dir {{new}}',
+        '`query` must be a row in 0..5 and a column in 0..5, the grid of this image',
+    ),
+    Case(
+        '--query -1 0',
+        f'{ATTENTION} {{priors}} {{junk.pth}} --query -1 0',
+        "--query: takes whole numbers from 0 on, got '-1'",
+    ),
+    Case(
+        '--layers of a layer that the model does not have',
+        f'{ATTENTION} {{priors}} {{priors.pth}} --query 1 1 --layers 5 --image '
+        '{junk.pth}',
+        '--layers takes numbers in 1..4, got [5].',
+    ),
+    Case(
+        '--keep 0',
+        f'{BINARIZE} {{priors}} {{junk.pth}} --keep 0',
+        "--keep: takes numbers above 0 up to 1, got '0'",
+    ),
+    Case(
+        '--lr-factor nan',
+        f'{BINARIZE} {{priors}} {{junk.pth}} --lr-factor nan',
+        "--lr-factor: takes numbers above 0, got 'nan'",
+    ),
+    Case(
+        '--mass-batches 0',
+        f'{BINARIZE} {{priors}} {{junk.pth}} --mass-batches 0',
+        "--mass-batches: takes whole numbers from 1 on, got '0'",
+    ),
+    Case(
+        '--shape 0',
+        f'{FLOPS} {{priors}} --shape 0',
+        "--shape: takes whole numbers from 1 on, got '0'",
+    ),
+    Case(
+        '--shape with three numbers',
+        f'{FLOPS} {{priors}} --shape 8 8 8',
+        '--shape takes one or two positive numbers, got [8, 8, 8].',
+    ),
+    Case(
+        '--shape smaller than a patch',
+        f'{FLOPS} {{priors}} --shape 8 3',
+        '--shape: 8 x 3 pixels (h x w) are less than one patch of the model, 4 x 4.',
+    ),
+    Case(
+        '--size 0 of a teacher',
+        f'{LABELS} {{teacher}} {{junk.pth}} {{images}} {{new}} --size 0',
+        "--size: takes whole numbers from 1 on, got '0'",
+    ),
+    Case(
+        '--num-workers -1',
+        f'{LABELS} {{teacher}} {{junk.pth}} {{images}} {{new}} --num-workers -1',
+        "--num-workers: takes whole numbers from 0 on, got '-1'",
+    ),
+    Case(
+        '--preview -1',
+        f'{LABELS} {{teacher}} {{junk.pth}} {{images}} {{new}} --preview -1',
+        "--preview: takes whole numbers from 0 to 250, got '-1'",
+    ),
+    Case(
+        '--seeds 0',
+        f'{STUDY} prior --seeds 0',
+        "--seeds: takes whole numbers from 1 on, got '0'",
+    ),
+    Case(
+        '--epochs 0',
+        f'{STUDY} prior --epochs 0',
+        "--epochs: takes whole numbers from 1 on, got '0'",
     ),
     Case(
         'an empty name of a picture to write',
@@ -208,7 +319,7 @@ CASES = [
     Case(
         'a folder that nobody can write to',
         f'{SEGMENTATION} {{scenes}} {{junk.pth}} --out /proc/a.png',
-        'the folder /proc cannot be written: No such file or directory.',
+        'Nothing can be written to the folder /proc: No such file or directory.',
     ),
     Case(
         'a disk that is full when the picture is written',
@@ -354,7 +465,7 @@ def test_outputs_are_tried_first(command, where, files, capsys, benchmarks):
         run(f'{command} {WRITERS[command]}', files)
     assert end.value.code == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if ': error: ' in x]
-    assert 'cannot be written' in line
+    assert 'be written to' in line
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,8 @@ def test_binarized_priors(checkpoint, tmp_path, capsys):
     assert (tmp_path / 'binarized.png').is_file()
     capsys.readouterr()
     for argv, message in [
-        (('--keep', '0'), '--keep takes shares in (0, 1]'),
-        (('--finetune', '-1'), '--finetune must be 0 or more'),
+        (('--keep', '0'), '--keep: takes numbers above 0 up to 1'),
+        (('--finetune', '-1'), '--finetune: takes whole numbers from 0 on'),
     ]:
         with pytest.raises(SystemExit):
             run('analysis/binarize_priors.py', CONFIG, path, *argv)

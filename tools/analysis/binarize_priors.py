@@ -12,8 +12,15 @@ from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
 
-from spvit_mm.apis import ArgumentParser, beside, building, load_model, run_cli
-from spvit_mm.explain import binarize, offset_mass
+from spvit_mm.apis import (
+    ArgumentParser,
+    beside,
+    building,
+    load_classifier,
+    number,
+    run_cli,
+)
+from spvit_mm.explain import binarize, offset_mass, why_no_priors
 from spvit_mm.explain.binarize import CRITERIA
 from spvit_mm.utils import (
     UserError,
@@ -31,7 +38,7 @@ def main(argv: list) -> None:
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument(
         '--keep',
-        type=float,
+        type=number(0, 1, float, above=True),
         nargs='+',
         default=[1.0, 0.8, 0.6, 0.4, 0.2, 0.1],
         help='shares to keep, each in (0, 1] (default: 1 0.8 0.6 0.4 0.2 0.1)',
@@ -49,20 +56,20 @@ def main(argv: list) -> None:
     )
     parser.add_argument(
         '--finetune',
-        type=int,
+        type=number(0),
         default=0,
         metavar='EPOCHS',
         help='also fine-tune each for these epochs of the training data (default: 0)',
     )
     parser.add_argument(
         '--lr-factor',
-        type=float,
+        type=number(0, kind=float, above=True),
         default=0.1,
         help='learning rate of the fine-tuning over that of the config (default: 0.1)',
     )
     parser.add_argument(
         '--mass-batches',
-        type=int,
+        type=number(1),
         default=4,
         help='batches of the training data to measure the attention on (default: 4)',
     )
@@ -70,17 +77,13 @@ def main(argv: list) -> None:
         '--out', help='the PNG (default: binarized.png beside the checkpoint)'
     )
     args = parser.parse_args(argv)
-    if any(not 0 < share <= 1 for share in args.keep):
-        raise UserError(f'--keep takes shares in (0, 1], got {args.keep}.')
-    if args.finetune < 0 or args.mass_batches < 1 or args.lr_factor <= 0:
-        raise UserError(
-            '--finetune must be 0 or more, --mass-batches 1 or more and --lr-factor '
-            'positive.'
-        )
     if args.out is None:
         args.out = beside(args.checkpoint, 'binarized.png')
     out = check_new_picture(args.out)
-    cfg, model = load_model(args.config, args.checkpoint)
+    cfg, model = load_classifier(args.config, args.checkpoint)
+    missing = why_no_priors(model)
+    if missing:
+        raise UserError(missing)
     needed = ['test_dataloader', 'train_dataloader']
     needed += ['optim_wrapper'] if args.finetune else []
     for name in needed:

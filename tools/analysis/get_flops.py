@@ -10,8 +10,10 @@ from mmengine.analysis import get_model_complexity_info
 from spvit_mm.apis import (
     ArgumentParser,
     build_model,
+    check_size,
     image_shape,
     load_config,
+    number,
     run_cli,
 )
 
@@ -21,7 +23,7 @@ def main(argv: list) -> None:
     parser.add_argument('config', help='path of the config')
     parser.add_argument(
         '--shape',
-        type=int,
+        type=number(1),
         nargs='+',
         metavar='SIDE',
         help='height and width of the image, or one number for both (default: '
@@ -34,6 +36,7 @@ def main(argv: list) -> None:
     cfg = load_config(args.config)
     shape = (3, *image_shape(cfg, args.shape))
     model = build_model(cfg).eval()
+    check_size(model, shape[1:], '--shape')
     info = get_model_complexity_info(
         model, shape, show_table=args.detail, show_arch=False
     )

@@ -7,6 +7,7 @@ from spvit_mm.apis import (
     building,
     check_checkpoint,
     check_finite,
+    number,
     run_cli,
 )
 from spvit_mm.datasets.teacher import generate_token_labels
@@ -26,20 +27,20 @@ def parse_args(argv):
     parser.add_argument('out', help='folder for the label maps')
     parser.add_argument(
         '--size',
-        type=int,
+        type=number(1),
         default=224,
         help='side in pixels that the teacher sees; 576 gives 18 x 18 places for a '
         'stride of 32 (default: %(default)s)',
     )
     parser.add_argument(
-        '--top-k', type=int, default=5, help='scores kept a place (default: 5)'
+        '--top-k', type=number(1), default=5, help='scores kept a place (default: 5)'
     )
-    parser.add_argument('--batch-size', type=int, default=16)
-    parser.add_argument('--num-workers', type=int, default=2)
+    parser.add_argument('--batch-size', type=number(1), default=16)
+    parser.add_argument('--num-workers', type=number(0), default=2)
     parser.add_argument('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
     parser.add_argument(
         '--preview',
-        type=int,
+        type=number(0, 250),
         default=0,
         metavar='N',
         help='draw N images beside their label maps to <out>/preview.png',

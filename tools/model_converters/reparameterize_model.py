@@ -10,6 +10,7 @@ from spvit_mm.apis import (
     ArgumentParser,
     load_config,
     load_trained_model,
+    number,
     run_cli,
 )
 from spvit_mm.utils import UserError, check_new_file, whole_file
@@ -22,7 +23,7 @@ def main(argv: list) -> None:
     parser.add_argument('out', help='the checkpoint to write (.pth)')
     parser.add_argument(
         '--grid',
-        type=int,
+        type=number(1),
         nargs=2,
         metavar=('H', 'W'),
         help='rows and columns of patches that will be served (default: those of the '

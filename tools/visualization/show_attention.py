@@ -4,8 +4,15 @@ and attention of every head, one PNG a layer."""
 
 import os.path as osp
 
-from spvit_mm.apis import ArgumentParser, beside, load_model, load_samples, run_cli
-from spvit_mm.explain import draw_query_attention, query_attention
+from spvit_mm.apis import (
+    ArgumentParser,
+    beside,
+    load_model,
+    load_samples,
+    number,
+    run_cli,
+)
+from spvit_mm.explain import draw_query_attention, find_attentions, query_attention
 from spvit_mm.utils import UserError, check_new_folder, save_figure
 
 
@@ -15,7 +22,7 @@ def main(argv: list) -> None:
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument(
         '--query',
-        type=int,
+        type=number(0),
         nargs=2,
         required=True,
         metavar=('ROW', 'COLUMN'),
@@ -25,7 +32,10 @@ def main(argv: list) -> None:
         '--image', help='an image file (default: the first of the test data set)'
     )
     parser.add_argument(
-        '--layers', type=int, nargs='+', help='layers to show, from 1 (default: all)'
+        '--layers',
+        type=number(1),
+        nargs='+',
+        help='layers to show, from 1 (default: all)',
     )
     parser.add_argument(
         '--out-dir',
@@ -36,14 +46,14 @@ def main(argv: list) -> None:
         args.out_dir = beside(args.checkpoint, 'attention')
     folder = check_new_folder(args.out_dir)
     cfg, model = load_model(args.config, args.checkpoint)
+    depth = len(find_attentions(model))
+    wanted = args.layers or range(1, depth + 1)
+    if max(wanted) > depth:
+        raise UserError(f'--layers takes numbers in 1..{depth}, got {args.layers}.')
     (sample,) = load_samples(
         cfg, model, None if args.image is None else [args.image], 1
     )
     layers = query_attention(model, sample.inputs[None], tuple(args.query))
-    wanted = args.layers or range(1, len(layers) + 1)
-    wrong = [i for i in wanted if not 1 <= i <= len(layers)]
-    if wrong:
-        raise UserError(f'--layers takes numbers in 1..{len(layers)}, got {wrong}.')
     row, column = args.query
     for i in wanted:
         layer = layers[i - 1]

@@ -5,7 +5,7 @@ an animation where --out ends in .gif."""
 
 import os.path as osp
 
-from spvit_mm.apis import ArgumentParser, beside, load_model, run_cli
+from spvit_mm.apis import ArgumentParser, beside, load_model, number, run_cli
 from spvit_mm.explain import (
     animate_priors,
     collect_priors,
@@ -43,14 +43,12 @@ def main(argv: list) -> None:
     )
     parser.add_argument(
         '--grid',
-        type=int,
+        type=number(1),
         nargs=2,
         metavar=('H', 'W'),
         help='rows and columns of patches (default: those of the training)',
     )
     args = parser.parse_args(argv)
-    if args.grid and min(args.grid) < 1:
-        raise UserError(f'--grid takes two positive numbers, got {args.grid}.')
     if args.compare and len(args.checkpoint) > 1:
         raise UserError('--compare takes one checkpoint of each model, not a strip.')
     if args.out is None:

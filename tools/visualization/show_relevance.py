@@ -7,7 +7,14 @@ from importlib.util import find_spec
 
 import torch
 
-from spvit_mm.apis import ArgumentParser, beside, load_model, load_samples, run_cli
+from spvit_mm.apis import (
+    ArgumentParser,
+    beside,
+    load_classifier,
+    load_samples,
+    number,
+    run_cli,
+)
 from spvit_mm.explain import (
     RELEVANCE_METHODS,
     class_scores,
@@ -16,6 +23,9 @@ from spvit_mm.explain import (
     relevance_maps,
 )
 from spvit_mm.utils import UserError, check_new_picture, save_figure, write_csv
+
+# Of which a PNG can be drawn, 258 pixels a row.
+MOST_PICTURES = 250
 
 
 def main(argv: list) -> None:
@@ -32,7 +42,10 @@ def main(argv: list) -> None:
         '--images', nargs='+', help='image files (default: of the test data set)'
     )
     parser.add_argument(
-        '--count', type=int, default=4, help='images of the data set (default: 4)'
+        '--count',
+        type=number(1, MOST_PICTURES),
+        default=4,
+        help='images of the data set (default: 4)',
     )
     parser.add_argument(
         '--methods',
@@ -43,11 +56,13 @@ def main(argv: list) -> None:
         'grad-cam package (default: gradient rollout)',
     )
     parser.add_argument(
-        '--target', type=int, help='class to explain (default: the predicted one)'
+        '--target',
+        type=number(0),
+        help='class to explain (default: the predicted one)',
     )
     parser.add_argument(
         '--perturb',
-        type=int,
+        type=number(0),
         default=0,
         metavar='N',
         help='perturbation test on N images of the test data set (default: none)',
@@ -56,8 +71,6 @@ def main(argv: list) -> None:
         '--out', help='the PNG to write (default: relevance.png beside the checkpoint)'
     )
     args = parser.parse_args(argv)
-    if args.perturb < 0:
-        raise UserError(f'--perturb takes a number of images, got {args.perturb}.')
     if 'gradcam' in args.methods and find_spec('pytorch_grad_cam') is None:
         raise UserError(
             '--methods gradcam needs the grad-cam package: pip install grad-cam'
@@ -68,7 +81,13 @@ def main(argv: list) -> None:
 
     columns, captions, rows, pictures = [], [], [], None
     for config, checkpoint in [(args.config, args.checkpoint), args.compare]:
-        cfg, model = load_model(config, checkpoint)
+        cfg, model = load_classifier(config, checkpoint)
+        classes = getattr(model.head, 'num_classes', None)
+        if args.target is not None and classes and args.target >= classes:
+            raise UserError(
+                f'--target takes a class of the model, from 0 to {classes - 1}, got '
+                f'{args.target}.'
+            )
         name = osp.splitext(osp.basename(config))[0].split('_1x')[0]
         samples = load_samples(cfg, model, args.images, args.count)
         pictures = pictures or [sample.picture for sample in samples]

@@ -13,6 +13,7 @@ from spvit_mm.apis import (
     building,
     load_config,
     load_trained_model,
+    number,
     run_cli,
     scope_of,
 )
@@ -24,6 +25,9 @@ from spvit_mm.utils import (
     new_figure,
     save_figure,
 )
+
+# Of which a PNG can be drawn, 242 pixels a row.
+MOST_PICTURES = 250
 
 
 def colour(mask, palette):
@@ -39,18 +43,22 @@ def main(argv: list) -> None:
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument('--out', default='segmentation.png', help='the PNG to write')
     parser.add_argument(
-        '--number', type=int, default=6, help='how many images (default: 6)'
+        '--number',
+        type=number(1, MOST_PICTURES),
+        default=6,
+        help='how many images (default: 6)',
     )
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE'
     )
     args = parser.parse_args(argv)
-    if args.number < 1:
-        raise UserError(f'--number must be at least 1, got {args.number}.')
     out = check_new_picture(args.out)
     cfg = load_config(args.config, args.cfg_options)
     if scope_of(cfg) != 'mmseg':
-        raise UserError(f'{args.config} is of the scope {scope_of(cfg)}, not mmseg.')
+        raise UserError(
+            f'{args.config} is a config of {scope_of(cfg)}; this command takes a '
+            'segmentor, whose default_scope is mmseg.'
+        )
     model, _ = load_trained_model(cfg, args.checkpoint)
     settings = cfg.test_dataloader.dataset
     with building('The test data set'), checks.naming_empty_data(settings, 'test'):
@@ -58,11 +66,11 @@ def main(argv: list) -> None:
     checks.check_dataset(dataset, 'test')
     checks.guard_files(dataset, model.decode_head.num_classes)
 
-    number = min(args.number, len(dataset))
+    count = min(args.number, len(dataset))
     palette = dataset.metainfo['palette']
-    figure = new_figure(9, 2.2 * number)
-    axes = figure.subplots(number, 3, squeeze=False)
-    chosen = np.linspace(0, len(dataset) - 1, number).astype(int)
+    figure = new_figure(9, 2.2 * count)
+    axes = figure.subplots(count, 3, squeeze=False)
+    chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
     for row, i in zip(axes, chosen.tolist(), strict=True):
         data = dataset[i]
         with torch.no_grad():
