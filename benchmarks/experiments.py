@@ -38,6 +38,7 @@ from mmengine.runner import CheckpointLoader, Runner
 from spvit_mm.apis import (  # noqa: F401
     ArgumentParser,
     build_model,
+    check_entries,
     check_finite,
     load_config,
     number,
@@ -297,9 +298,15 @@ class Record:
                 return
             line = {'setting': run.setting, 'seed': run.seed, 'key': run.key, **result}
             lines = [line] if whole else [{'protocol': self.protocol}, line]
-            file.write(''.join(json.dumps(x) + '\n' for x in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                file.write(''.join(json.dumps(x) + '\n' for x in lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise UserError(
+                    f'{self.path} cannot be written: {error.strerror}. The result is in '
+                    'the run of --work-dir: the same command goes on from there.'
+                ) from error
 
 
 def _flat(entries: dict, prefix: str = '') -> dict[str, str]:

@@ -22,6 +22,9 @@ from ..utils import (
 )
 from .cli import building
 
+# What mmengine reads.
+SUFFIXES = ('.py', '.yaml', '.yml', '.json')
+
 
 def load_config(path: str, options: Optional[dict] = None) -> Config:
     """Read a config and change entries of it.
@@ -37,6 +40,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
         UserError: For a path that is no config, a config that cannot be read, or an
             option that does not fit it.
     """
+    _check_config_path(path)
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is code: it can raise anything
@@ -52,6 +56,32 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
                 f'--cfg-options does not fit the config: {reason}'
             ) from error
     return cfg
+
+
+def _check_config_path(path: str) -> None:
+    """mmengine says of a folder that it does not exist, and of no name likewise."""
+    place = osp.expanduser(str(path))
+    reason = ''
+    if not place:
+        reason = 'its name is empty'
+    elif osp.isdir(place):
+        reason = 'it is a folder. Give one of its .py files'
+    elif not osp.isfile(place):
+        reason = f'it does not exist (seen from {os.getcwd()})'
+    elif osp.splitext(place)[1] not in SUFFIXES:
+        reason = f'it must end in {", ".join(SUFFIXES)}'
+    if reason:
+        raise UserError(f'The config {path or repr(path)} cannot be read: {reason}.')
+
+
+def check_entries(cfg: Config, needed: tuple) -> None:
+    """Raise a UserError, which names them, for entries that a config lacks."""
+    absent = [key for key in needed if cfg.get(key) is None]
+    if absent:
+        raise UserError(
+            f'The config {cfg.filename} lacks {", ".join(absent)}. It needs '
+            f'{", ".join(needed)}.'
+        )
 
 
 def scope_of(cfg: Config) -> str:

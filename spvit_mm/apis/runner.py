@@ -20,7 +20,7 @@ from mmengine.runner import BaseLoop, Runner
 from ..datasets.checks import naming_empty_data
 from ..utils import UserError
 from .cli import add_cfg_options, building
-from .configs import scope_of
+from .configs import check_entries, scope_of
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,12 +62,7 @@ def merge_common_args(cfg: Config, args, needed: tuple) -> None:
     Raises:
         UserError: For options that do not fit the config or the machine.
     """
-    absent = [key for key in needed if cfg.get(key) is None]
-    if absent:
-        raise UserError(
-            f'The config {args.config} lacks {", ".join(absent)}. It needs '
-            f'{", ".join(needed)}.'
-        )
+    check_entries(cfg, needed)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:

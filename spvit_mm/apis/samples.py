@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS
 
 from ..utils import UserError, first_not_finite
 from .cli import building
-from .configs import check_size, load_config, load_trained_model
+from .configs import check_entries, check_size, load_config, load_trained_model
 
 
 def load_model(config: str, checkpoint: str):
@@ -34,8 +34,8 @@ def load_classifier(config: str, checkpoint: str):
     cfg, model = load_model(config, checkpoint)
     if not hasattr(model, 'head'):
         raise UserError(
-            f'{config} describes a {type(model).__name__}; this command takes an image '
-            'classifier, a model with a head.'
+            f'The {type(model).__name__} of {config} is no image classifier, which this '
+            'command takes: it has no head.'
         )
     return cfg, model
 
@@ -70,11 +70,7 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
         UserError: For a file that is no picture, a picture smaller than a patch, or
             a config without test data.
     """
-    if not cfg.get('test_dataloader'):
-        raise UserError(
-            'The config has no test_dataloader, whose pipeline says how images are '
-            'prepared.'
-        )
+    check_entries(cfg, ('test_dataloader',))
     settings = cfg.test_dataloader.dataset
     bgr = _is_bgr(settings.get('pipeline') or [], model)
     if paths:

@@ -142,7 +142,7 @@ CASES = [
     Case(
         'a config without test data, whose pipeline prepares pictures',
         f'{ATTENTION} {{no_test.py}} {{priors.pth}} --query 1 1 --image {{picture.png}}',
-        'The config has no test_dataloader, whose pipeline says how images are prepared.',
+        'no_test.py lacks test_dataloader. It needs test_dataloader.',
     ),
     Case(
         'a file given as the folder of images',
@@ -272,6 +272,137 @@ CASES = [
         "--epochs: takes whole numbers from 1 on, got '0'",
     ),
     Case(
+        'a config that is not there',
+        f'{SHOW_PRIORS} nowhere.py {{junk.pth}} --out {{new}}/a.png',
+        'The config nowhere.py cannot be read: it does not exist (seen from ',
+    ),
+    Case(
+        'an empty name of a config',
+        f"{SHOW_PRIORS} '' {{junk.pth}} --out {{new}}/a.png",
+        "The config '' cannot be read: its name is empty.",
+    ),
+    Case(
+        'a folder as a config',
+        f'{FLOPS} {{images}}',
+        'cannot be read: it is a folder. Give one of its .py files.',
+    ),
+    Case(
+        'a file that is no config',
+        f'{FLOPS} {{junk.pth}}',
+        'cannot be read: it must end in .py, .yaml, .yml, .json.',
+    ),
+    Case(
+        'a config with an error of syntax',
+        f'{FLOPS} {{syntax.py}}',
+        'cannot be read: SyntaxError: invalid syntax',
+    ),
+    Case(
+        'a config without a model',
+        f'{FLOPS} {{no_model.py}}',
+        'no_model.py has no model.',
+    ),
+    Case(
+        'a teacher of a config without a model',
+        f'{LABELS} {{no_model.py}} {{teacher.pth}} {{images}} {{new}}',
+        'no_model.py lacks model. It needs model.',
+    ),
+    Case(
+        'a folder as the config of a teacher',
+        f'{LABELS} {{images}} {{teacher.pth}} {{images}} {{new}}',
+        'cannot be read: it is a folder.',
+    ),
+    Case(
+        'a segmentor as a teacher',
+        f'{LABELS} {{scenes}} {{scenes.pth}} {{images}} {{new}}',
+        'is a config of mmseg; a teacher is a classifier of mmpretrain.',
+    ),
+    Case(
+        'a classifier to draw segmentation of',
+        f'{SEGMENTATION} {{priors}} {{priors.pth}} --out {{new}}/a.png',
+        'is a config of mmpretrain; this command takes a segmentor, whose default_scope '
+        'is mmseg.',
+    ),
+    Case(
+        'a segmentor to draw relevance of',
+        f'{RELEVANCE} {{scenes}} {{scenes.pth}} --out {{new}}/a.png',
+        'is no image classifier, which this command takes: it has no head.',
+    ),
+    Case(
+        'a segmentor to binarise',
+        f'{BINARIZE} {{scenes}} {{scenes.pth}} --out {{new}}/a.png',
+        'is no image classifier, which this command takes: it has no head.',
+    ),
+    Case(
+        'a model without priors to draw them of',
+        f'{SHOW_PRIORS} {{plain}} {{plain.pth}} --out {{new}}/a.png',
+        'has no spatial prior: no SP-SA layer (is `num_spsa_layers` 0 in its config?)',
+    ),
+    Case(
+        'a model without priors to binarise',
+        f'{BINARIZE} {{plain}} {{plain.pth}} --out {{new}}/a.png',
+        'has no spatial prior: no SP-SA layer (is `num_spsa_layers` 0 in its config?)',
+    ),
+    Case(
+        'a model without a deploy form',
+        f'{DEPLOY} {{teacher}} {{teacher.pth}} {{new}}/a.pth',
+        'has no backbone with a deploy form, such as SPViT; its backbone is '
+        'ResNet_CIFAR.',
+    ),
+    Case(
+        'a checkpoint of another model',
+        f'{SHOW_PRIORS} {{priors}} {{plain.pth}} --out {{new}}/a.png',
+        'is not a checkpoint of this model.',
+    ),
+    Case(
+        'a checkpoint that is not there',
+        f'{ATTENTION} {{priors}} nowhere.pth --query 1 1',
+        'The checkpoint nowhere.pth does not exist (seen from ',
+    ),
+    Case(
+        'a folder as a checkpoint',
+        f'{RELEVANCE} {{priors}} {{images}} --out {{new}}/a.png',
+        'is a folder. Give a file; it holds no .pth file.',
+    ),
+    Case(
+        'a checkpoint of one model for two',
+        f'{SHOW_PRIORS} {{priors}} {{priors.pth}} {{priors.pth}} --compare {{plain}} '
+        '{plain.pth}',
+        '--compare takes one checkpoint of each model, not a strip.',
+    ),
+    Case(
+        'a study that there is not',
+        f'{STUDY} realtive',
+        "No study 'realtive'. There are: prior, layers",
+    ),
+    Case('no study', f'{STUDY}', 'Name a study, or --list them.'),
+    Case(
+        'a setting that the study does not have',
+        f'{STUDY} prior --settings psa --work-dir {{new}}',
+        '--settings: no setting psa. There are: none, sp-sa.',
+    ),
+    Case(
+        'a study of a model without SPViT',
+        f'{STUDY} prior --config {{teacher}} --work-dir {{new}}',
+        'the studies change the priors of an SPViT, and `model.backbone` is a '
+        'ResNet_CIFAR.',
+    ),
+    Case(
+        'a study of a segmentor',
+        f'{STUDY} prior --config {{scenes}} --work-dir {{new}}',
+        'is a config of mmseg; the studies compare accuracies of image classifiers.',
+    ),
+    Case(
+        'a study of a config without a model',
+        f'{STUDY} prior --config {{no_model.py}} --work-dir {{new}}',
+        'no_model.py lacks model, train_dataloader, val_dataloader, val_evaluator, '
+        'train_cfg, optim_wrapper.',
+    ),
+    Case(
+        'a record of something else',
+        f'{STUDY} prior --record {{syntax.py}} --work-dir {{new}}',
+        'syntax.py, line 1: no record of results.',
+    ),
+    Case(
         'an empty name of a picture to write',
         f"{SHOW_PRIORS} {{priors}} {{junk.pth}} --out ''",
         'The name of the file to write is empty.',
@@ -395,6 +526,8 @@ def files(tmp_path_factory):
     (folder / 'empty.png').write_bytes(b'')
     (folder / 'cut.png').write_bytes((folder / 'picture.png').read_bytes()[:600])
     (folder / 'broken.png').symlink_to('nowhere.png')
+    (folder / 'syntax.py').write_text('model = = 3\n')
+    (folder / 'no_model.py').write_text('work_dir = None\n')
     pipeline = "dict(pipeline=[dict(type='PackInputs')])"
     line = f'test_dataloader = dict(dataset={pipeline})'
     write_child(folder / 'any_size.py', PRIORS, line)

@@ -227,7 +227,7 @@ def test_bad_paths(trained, tmp_path, capsys):
     empty = tmp_path / 'empty.py'
     empty.write_text("default_scope = 'mmpretrain'")
     cases = [
-        (('train.py', tmp_path / 'none.py'), 'none.py cannot be read: FileNotFound'),
+        (('train.py', tmp_path / 'none.py'), 'none.py cannot be read: it does not exist'),
         (('train.py', tmp_path), f'The config {tmp_path} cannot be read'),
         (('train.py', broken), 'cannot be read'),
         (('train.py', empty), 'lacks model, train_dataloader'),

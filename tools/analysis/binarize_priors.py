@@ -16,6 +16,7 @@ from spvit_mm.apis import (
     ArgumentParser,
     beside,
     building,
+    check_entries,
     load_classifier,
     number,
     run_cli,
@@ -84,11 +85,8 @@ def main(argv: list) -> None:
     missing = why_no_priors(model)
     if missing:
         raise UserError(missing)
-    needed = ['test_dataloader', 'train_dataloader']
-    needed += ['optim_wrapper'] if args.finetune else []
-    for name in needed:
-        if not cfg.get(name):
-            raise UserError(f'The config {args.config} has no {name}.')
+    needed = ('test_dataloader', 'train_dataloader')
+    check_entries(cfg, (*needed, 'optim_wrapper') if args.finetune else needed)
     model.to(get_device())
     with building(f'The data of {args.config}'):
         test = Runner.build_dataloader(deepcopy(cfg.test_dataloader), seed=0)

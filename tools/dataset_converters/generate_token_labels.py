@@ -1,17 +1,22 @@
 """Make the label maps of token labeling with a teacher of one's choice."""
 
+import os.path as osp
+
 from mmpretrain import get_model
 
 from spvit_mm.apis import (
     ArgumentParser,
     building,
     check_checkpoint,
+    check_entries,
     check_finite,
+    load_config,
     number,
     run_cli,
+    scope_of,
 )
 from spvit_mm.datasets.teacher import generate_token_labels
-from spvit_mm.utils import check_new_folder
+from spvit_mm.utils import UserError, check_new_folder
 
 
 def parse_args(argv):
@@ -52,6 +57,15 @@ def main(argv):
     args = parse_args(argv)
     args.out = check_new_folder(args.out)
     check_checkpoint(args.checkpoint)
+    # A name of mmpretrain has no ending.
+    if osp.exists(args.config) or osp.splitext(args.config)[1] == '.py':
+        cfg = load_config(args.config)
+        check_entries(cfg, ('model',))
+        if scope_of(cfg) == 'mmseg':
+            raise UserError(
+                f'{args.config} is a config of mmseg; a teacher is a classifier of '
+                'mmpretrain.'
+            )
     with building(f'The teacher {args.config}'):
         model = get_model(args.config, pretrained=args.checkpoint, device=args.device)
     check_finite(model, args.checkpoint)

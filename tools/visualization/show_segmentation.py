@@ -11,6 +11,7 @@ from mmengine.registry import DATASETS
 from spvit_mm.apis import (
     ArgumentParser,
     building,
+    check_entries,
     load_config,
     load_trained_model,
     number,
@@ -59,6 +60,7 @@ def main(argv: list) -> None:
             f'{args.config} is a config of {scope_of(cfg)}; this command takes a '
             'segmentor, whose default_scope is mmseg.'
         )
+    check_entries(cfg, ('model', 'test_dataloader'))
     model, _ = load_trained_model(cfg, args.checkpoint)
     settings = cfg.test_dataloader.dataset
     with building('The test data set'), checks.naming_empty_data(settings, 'test'):
