@@ -10,7 +10,7 @@ import torch
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
 
-from ..utils import UserError, first_not_finite
+from ..utils import UserError, first_not_finite, with_progress
 from .cli import building
 from .configs import check_entries, check_size, load_config, load_trained_model
 
@@ -82,8 +82,10 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
     with building('The test data set'):
         dataset = DATASETS.build(settings)
     count = min(count, len(dataset))
-    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
-    return [_sample(model, f'image {i}', dataset[i], bgr) for i in chosen.tolist()]
+    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    return [
+        _sample(model, f'image {i}', dataset[i], bgr) for i in with_progress(chosen)
+    ]
 
 
 def _kind(transform: dict) -> str:

@@ -19,6 +19,7 @@ from .files import (
 )
 from .finite import first_not_finite
 from .modules import unwrap_model
+from .progress import with_progress
 
 __all__ = [
     'CheckpointError',
@@ -39,5 +40,6 @@ __all__ = [
     'save_figure',
     'unwrap_model',
     'whole_file',
+    'with_progress',
     'write_csv',
 ]

@@ -620,6 +620,21 @@ def test_a_full_disk_leaves_the_old_file(write, tmp_path):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a.png', 'old')]
 
 
+@pytest.mark.parametrize(
+    ('command', 'end'),
+    [
+        (f'{RELEVANCE} {{priors}} {{priors.pth}} --count 33 --out {{done}}.png', '33/33'),
+        (f'{SEGMENTATION} {{scenes}} {{scenes.pth}} --number 2 --out {{done}}.png', '2/2'),
+        (f'{BINARIZE} {{priors}} {{priors.pth}} --mass-batches 1 --keep 1 --out {{done}}'
+         '.png', '2/2'),
+    ],
+)  # fmt: skip
+def test_long_loops_say_how_far_they_are(command, end, files, tmp_path, capsys):
+    run(command, {**files, 'done': tmp_path / 'done'})
+    assert f'{end}, ' in capsys.readouterr().err
+    assert (tmp_path / 'done.png').exists()
+
+
 def test_the_table_is_the_cases():
     text = (ROOT / 'docs/reliability.md').read_text()
     section = text.partition('### Other commands')[2].partition('\n#')[0]

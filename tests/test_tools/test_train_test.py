@@ -251,7 +251,7 @@ def test_bad_paths(trained, tmp_path, capsys):
         (('test.py', config, work_dir / 'epoch_1.pth', '--cfg-options',
           'test_dataloader.num_workers=-1', f'work_dir={tmp_path}/w'),
          'test_dataloader of'),
-        (('analysis/get_flops.py', config, '--shape', '0'), 'positive'),
+        (('analysis/get_flops.py', config, '--shape', '0'), 'from 1 on'),
     ]  # fmt: skip
     for arguments, words in cases:
         assert words in fails(capsys, *arguments), arguments

@@ -29,6 +29,7 @@ from spvit_mm.utils import (
     first_not_finite,
     new_figure,
     save_figure,
+    with_progress,
     write_csv,
 )
 
@@ -129,7 +130,7 @@ def accuracy(model, loader):
     model.eval()
     right = [
         bool((sample.pred_label == sample.gt_label).all())
-        for batch in loader
+        for batch in with_progress(loader)
         for sample in model.test_step(batch)
     ]
     return sum(right) / len(right)
@@ -147,7 +148,7 @@ def finetune(model, loader, settings, args):
     logger.setLevel(level)
     model.train()
     for _ in range(args.finetune):
-        for batch in loader:
+        for batch in with_progress(loader):
             model.train_step(batch, wrapper)
 
 

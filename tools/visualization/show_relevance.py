@@ -22,7 +22,13 @@ from spvit_mm.explain import (
     perturbation_test,
     relevance_maps,
 )
-from spvit_mm.utils import UserError, check_new_picture, save_figure, write_csv
+from spvit_mm.utils import (
+    UserError,
+    check_new_picture,
+    save_figure,
+    with_progress,
+    write_csv,
+)
 
 # Of which a PNG can be drawn, 258 pixels a row.
 MOST_PICTURES = 250
@@ -106,13 +112,16 @@ def main(argv: list) -> None:
 
 
 def batches(samples, size=32):
-    """Batches of images of equal size."""
+    """Lists of samples, each of images of equal size."""
     shapes = {tuple(sample.inputs.shape) for sample in samples}
     if len(shapes) > 1:
         size = 1
-    for i in range(0, len(samples), size):
-        part = samples[i : i + size]
-        yield torch.stack([sample.inputs for sample in part])
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+def stack(samples):
+    """The images of samples, (B, 3, h, w)."""
+    return torch.stack([sample.inputs for sample in samples])
 
 
 def explain(model, samples, args):
@@ -120,7 +129,8 @@ def explain(model, samples, args):
     found = []
     for method in args.methods:
         maps, words = [], []
-        for inputs in batches(samples):
+        for batch in with_progress(batches(samples)):
+            inputs = stack(batch)
             with torch.no_grad():
                 scores = class_scores(model, inputs).softmax(dim=1)
             targets = scores.argmax(dim=1)
@@ -142,11 +152,14 @@ def perturb(cfg, model, name, args):
         raise UserError(
             '--perturb needs images of one size: let the test pipeline resize and crop.'
         )
-    inputs = torch.stack([sample.inputs for sample in samples])
+    inputs = stack(samples)
     labels = [sample.label for sample in samples]
     orders = {
         method: torch.cat(
-            [relevance_maps(model, batch, None, method) for batch in batches(samples)]
+            [
+                relevance_maps(model, stack(batch), None, method)
+                for batch in with_progress(batches(samples))
+            ]
         )
         for method in args.methods
     }
@@ -155,7 +168,7 @@ def perturb(cfg, model, name, args):
     orders['random order'] = torch.rand(any_map.shape, generator=generator)
     return [
         (name, method, perturbation_test(model, inputs, labels, maps))
-        for method, maps in orders.items()
+        for method, maps in with_progress([*orders.items()])
     ]
 
 

@@ -25,6 +25,7 @@ from spvit_mm.utils import (
     first_not_finite,
     new_figure,
     save_figure,
+    with_progress,
 )
 
 # Of which a PNG can be drawn, 242 pixels a row.
@@ -73,7 +74,7 @@ def main(argv: list) -> None:
     figure = new_figure(9, 2.2 * count)
     axes = figure.subplots(count, 3, squeeze=False)
     chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
-    for row, i in zip(axes, chosen.tolist(), strict=True):
+    for row, i in with_progress([*zip(axes, chosen.tolist(), strict=True)]):
         data = dataset[i]
         with torch.no_grad():
             sample = model.test_step(pseudo_collate([data]))[0]
