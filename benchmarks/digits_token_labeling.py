@@ -11,12 +11,12 @@ from pathlib import Path
 import experiments
 import numpy as np
 from experiments import Run
+from measuring import write_text
 from mmengine.config import Config
 from PIL import Image
 
 from spvit_mm.datasets.digits import load_digits_arrays, split_indices
 from spvit_mm.datasets.teacher import generate_token_labels
-from spvit_mm.utils import whole_file
 
 CONFIGS = experiments.ROOT / 'configs' / 'token_labeling'
 TEACHER = 'resnet-mini_1xb64-10e_digits'
@@ -58,12 +58,6 @@ def plan_students(data_root: Path, label_root: Path, args) -> list[Run]:
         for seed in range(args.seeds)
         for name, cfg in configs.items()
     ]
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text as a whole or not at all."""
-    with whole_file(str(path)) as partial:
-        Path(partial).write_text(text)
 
 
 def main(argv: list[str]) -> None:
@@ -123,9 +117,9 @@ def main(argv: list[str]) -> None:
         lines.append(f'| {name} | {cells} |')
     table = '\n'.join(lines)
     print(f'\nTop-1 in % on the 360 test digits:\n\n{table}')
-    write(args.work_dir / 'results.md', table + '\n')
+    write_text(args.work_dir / 'results.md', table + '\n')
     summary = json.dumps(dict(teacher=top1, **values), indent=1)
-    write(args.work_dir / 'results.json', summary)
+    write_text(args.work_dir / 'results.json', summary)
     print(f'\nWritten to {args.work_dir}: results.md, results.json')
     print(f'Label maps to look at: {label_root}/preview.png')
 

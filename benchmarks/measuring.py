@@ -84,6 +84,14 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     utils.write_csv(str(path), [names, *table])
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text as a whole or not at all."""
+    from spvit_mm import utils
+
+    with utils.whole_file(str(path)) as partial:
+        Path(partial).write_text(text)
+
+
 def check_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
     """End with a usage error where nothing can be written to a folder."""
     from spvit_mm import utils

@@ -46,6 +46,7 @@ from measuring import (
     run_apart,
     time_in_turns,
     write_csv,
+    write_text,
 )
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
@@ -737,7 +738,7 @@ def main(argv=None) -> None:
             if rows:
                 write_csv(args.out_dir / 'speed.csv', rows)
     text = markdown(rows, where)
-    (args.out_dir / 'speed.md').write_text(text)
+    write_text(args.out_dir / 'speed.md', text)
     print(f'\n{text}\nWrote speed.csv and speed.md in {args.out_dir}')
     plot(rows, args.out_dir / 'speed.png')
 

@@ -7,6 +7,7 @@ the last test prints the lines that belong there.
 import importlib.util
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -370,6 +371,11 @@ CASES = [
         '--compare takes one checkpoint of each model, not a strip.',
     ),
     Case(
+        'a model without attention to show',
+        f'{ATTENTION} {{teacher}} {{teacher.pth}} --query 1 1 --out-dir {{new}}',
+        'ImageClassifier has no attention to record',
+    ),
+    Case(
         'a study that there is not',
         f'{STUDY} realtive',
         "No study 'realtive'. There are: prior, layers",
@@ -633,6 +639,22 @@ def test_long_loops_say_how_far_they_are(command, end, files, tmp_path, capsys):
     run(command, {**files, 'done': tmp_path / 'done'})
     assert f'{end}, ' in capsys.readouterr().err
     assert (tmp_path / 'done.png').exists()
+
+
+def test_a_picture_that_is_too_large_is_told(tmp_path):
+    with pytest.raises(UserError, match='a.png would be 100 x 70000 pixels'):
+        save_figure(new_figure(1, 700), str(tmp_path / 'a.png'), dpi=100)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('name', ['quickstart', 'demo_segmentation'])
+def test_a_script_without_options_starts_no_training_for_them(name, tmp_path):
+    script = ROOT / f'tools/{name}.sh'
+    done = subprocess.run(
+        [str(script), '--help'], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith('Usage: [WORK_DIR=')
 
 
 def test_the_table_is_the_cases():
