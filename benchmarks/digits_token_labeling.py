@@ -11,6 +11,7 @@ from pathlib import Path
 import experiments
 import numpy as np
 from experiments import Run
+from measuring import write_text
 from mmengine.config import Config
 from PIL import Image
 
@@ -63,14 +64,14 @@ def main(argv: list[str]) -> None:
     parser = experiments.ArgumentParser(
         prog='digits_token_labeling.py', description=__doc__
     )
-    parser.add_argument('--epochs', type=int, help="instead of the configs'")
-    parser.add_argument('--teacher-epochs', type=int, help="instead of the config's")
+    # The learning rate warms up for 3 epochs.
+    epochs = experiments.number(4)
+    parser.add_argument('--epochs', type=epochs, help="instead of the configs'")
+    parser.add_argument('--teacher-epochs', type=epochs, help="instead of the config's")
     experiments.add_run_options(
         parser, work_dir='work_dirs/digits_token_labeling', seeds=3
     )
     args = parser.parse_args(argv)
-    if any(n is not None and n < 4 for n in (args.epochs, args.teacher_epochs)):
-        parser.error('the learning rate warms up for 3 epochs: give 4 or more')
     experiments.check_run_options(args)
 
     data_root = args.work_dir / 'digits'
@@ -116,9 +117,9 @@ def main(argv: list[str]) -> None:
         lines.append(f'| {name} | {cells} |')
     table = '\n'.join(lines)
     print(f'\nTop-1 in % on the 360 test digits:\n\n{table}')
-    (args.work_dir / 'results.md').write_text(table + '\n')
+    write_text(args.work_dir / 'results.md', table + '\n')
     summary = json.dumps(dict(teacher=top1, **values), indent=1)
-    (args.work_dir / 'results.json').write_text(summary)
+    write_text(args.work_dir / 'results.json', summary)
     print(f'\nWritten to {args.work_dir}: results.md, results.json')
     print(f'Label maps to look at: {label_root}/preview.png')
 

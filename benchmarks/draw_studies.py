@@ -12,8 +12,9 @@ import csv
 from pathlib import Path
 
 from comparison import draw_differences
+from measuring import check_folder
 
-from spvit_mm.utils import new_figure
+from spvit_mm.utils import new_figure, save_figure
 
 STUDIES = Path(__file__).resolve().parents[1] / 'docs' / 'studies'
 DATA = {'digits': 'digits', 'cifar': 'CIFAR-10, 5,000 images'}
@@ -35,7 +36,7 @@ def draw(panels: dict[str, list[dict]], path: Path) -> None:
     for axis, (name, rows) in zip(axes, panels.items(), strict=True):
         draw_differences(axis, rows)
         axis.set_title(name)
-    figure.savefig(path, dpi=90)
+    save_figure(figure, str(path), dpi=90)
 
 
 def draw_search(path: Path, out: Path) -> None:
@@ -55,7 +56,7 @@ def draw_search(path: Path, out: Path) -> None:
         axis.set_title(data)
         axis.grid(axis='y', linewidth=0.3)
     axes[0].invert_yaxis()
-    figure.savefig(out, dpi=90)
+    save_figure(figure, str(out), dpi=90)
 
 
 def main(argv=None) -> None:
@@ -64,7 +65,7 @@ def main(argv=None) -> None:
     )
     parser.add_argument('--out-dir', type=Path, default=STUDIES)
     args = parser.parse_args(argv)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+    check_folder(parser, args.out_dir)
     studies = {}
     for data, title in DATA.items():
         for path in sorted(STUDIES.glob(f'*_{data}.csv')):

@@ -38,10 +38,13 @@ from mmengine.runner import CheckpointLoader, Runner
 from spvit_mm.apis import (  # noqa: F401
     ArgumentParser,
     build_model,
+    check_entries,
+    check_finite,
     load_config,
+    number,
     run_cli,
 )
-from spvit_mm.utils import UserError, whole_file
+from spvit_mm.utils import UserError, check_new_file, check_new_folder, whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCURACY = 'accuracy/top1'
@@ -245,10 +248,10 @@ class Record:
         """
         results = {}
         text = self.path.read_text() if self.path.exists() else ''
-        for number, line in enumerate(text.split('\n')[:-1]):
+        for index, line in enumerate(text.split('\n')[:-1]):
             try:
                 line = json.loads(line)
-                if number == 0 or 'protocol' in line:
+                if index == 0 or 'protocol' in line:
                     self._compare(line['protocol'])
                     continue
                 name = (line['setting'], line['seed'])
@@ -256,7 +259,7 @@ class Record:
                 same, tests = known['key'] == line['key'], line['tests']
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(
-                    f'{self.path}, line {number + 1}: no record of results.'
+                    f'{self.path}, line {index + 1}: no record of results.'
                 ) from error
             if not same:
                 raise UserError(
@@ -301,9 +304,15 @@ class Record:
                 return
             line = {'setting': run.setting, 'seed': run.seed, 'key': run.key, **result}
             lines = [line] if whole else [{'protocol': self.protocol}, line]
-            file.write(''.join(json.dumps(x) + '\n' for x in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                file.write(''.join(json.dumps(x) + '\n' for x in lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise UserError(
+                    f'{self.path} cannot be written: {error.strerror}. The result is in '
+                    'the run of --work-dir: the same command goes on from there.'
+                ) from error
 
 
 def _flat(entries: dict, prefix: str = '') -> dict[str, str]:
@@ -326,22 +335,23 @@ def add_run_options(parser: argparse.ArgumentParser, work_dir: str, seeds: int) 
     """Add the options that all studies have."""
     parser.add_argument(
         '--seeds',
-        type=int,
+        type=number(1),
         default=seeds,
         help='seeds 0, 1, ... (default: %(default)s)',
     )
     parser.add_argument(
-        '--jobs', type=int, default=2, help='runs side by side (default: %(default)s)'
+        '--jobs',
+        type=number(1),
+        default=2,
+        help='runs side by side (default: %(default)s)',
     )
     parser.add_argument(
         '--work-dir',
-        type=Path,
-        default=Path(work_dir),
+        default=work_dir,
         help='where runs and results go (default: %(default)s)',
     )
     parser.add_argument(
         '--record',
-        type=Path,
         metavar='FILE',
         help='results to keep, as JSON lines; a run that is there is not repeated '
         '(default: none)',
@@ -354,10 +364,10 @@ def open_record(args, cfg: Config, **protocol) -> Record | None:
 
 
 def check_run_options(args) -> None:
-    if args.seeds < 1 or args.jobs < 1:
-        raise UserError(
-            f'--seeds and --jobs must be at least 1, got {args.seeds} and {args.jobs}.'
-        )
+    """A place that cannot be written to is a UserError."""
+    args.work_dir = Path(check_new_folder(args.work_dir))
+    if args.record is not None:
+        args.record = Path(check_new_file(args.record, force=True))
 
 
 def run_all(
@@ -525,6 +535,7 @@ def load_trained(cfg: Config, checkpoint: Path) -> torch.nn.Module:
     wrong = [*own.intersection(found.missing_keys), *found.unexpected_keys]
     if wrong:
         raise UserError(f'{checkpoint} does not fit the model: {", ".join(wrong)}.')
+    check_finite(model, str(checkpoint))
     return model.to(get_device()).eval()
 
 

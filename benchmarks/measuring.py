@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import argparse
 import json
 import platform
 import resource
@@ -77,8 +77,26 @@ def run_apart(script: str, *options):
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write rows that have the keys of the first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    from spvit_mm import utils
+
+    names = list(rows[0])
+    table = [[row.get(name, '') for name in names] for row in rows]
+    utils.write_csv(str(path), [names, *table])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as a whole or not at all."""
+    from spvit_mm import utils
+
+    with utils.whole_file(str(path)) as partial:
+        Path(partial).write_text(text)
+
+
+def check_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """End with a usage error where nothing can be written to a folder."""
+    from spvit_mm import utils
+
+    try:
+        utils.check_new_folder(folder)
+    except utils.UserError as error:
+        parser.error(str(error))

@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from measuring import resident_peak, run_apart, write_csv
+from measuring import check_folder, resident_peak, run_apart, write_csv
 
 CASES = {
     'inference of SP-ViT-S': dict(arch='spvit-small', train=False),
@@ -56,7 +56,7 @@ def measure(case, without_priors, size, kernel):
     )
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,7 +66,7 @@ def main():
     )
     parser.add_argument('--out', type=Path, default=Path('outputs/memory.csv'))
     parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.size < 16:
         parser.error(f'--size must be at least one patch, 16 pixels, got {args.size}')
     if args.one:
@@ -74,6 +74,7 @@ def main():
         row = measure(case, bool(int(without_priors)), args.size, args.kernel)
         print(json.dumps(row))
         return
+    check_folder(parser, args.out.parent)
 
     rows = []
     print('| case | SP-SA layers | tokens | peak MB | of it before the forward |')

@@ -32,7 +32,7 @@ from comparison import draw_values, values_table
 from measuring import write_csv
 from mmengine.config import DictAction
 
-from spvit_mm.utils import UserError, new_figure
+from spvit_mm.utils import check_new_file, new_figure, save_figure
 
 CONFIGS = experiments.ROOT / 'configs'
 TASKS = {
@@ -169,17 +169,23 @@ def main(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('task', choices=TASKS)
-    parser.add_argument('--iters', type=int, default=600, help='of each training')
+    parser.add_argument(
+        '--iters',
+        type=experiments.number(51),
+        default=600,
+        help='of each training, 50 of them warm-up',
+    )
     parser.add_argument('--data-root', type=Path, help='folder of the data')
-    parser.add_argument('--out', type=Path, help='stem of the CSV and PNG')
+    parser.add_argument('--out', help='stem of the CSV and PNG')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='changes of the config'
     )
     experiments.add_run_options(parser, work_dir='work_dirs/resolution', seeds=1)
     args = parser.parse_args(argv)
-    if args.iters < 51:
-        raise UserError(f'--iters must be above 50, the warm-up, got {args.iters}.')
     experiments.check_run_options(args)
+    if args.out is None:
+        args.out = f'outputs/resolution-{args.task}'
+    out = Path(check_new_file(args.out, force=True))
     if args.task == 'cifar10':
         experiments.check_image_folders('--data-root', args.data_root, 'train', 'test')
 
@@ -199,7 +205,6 @@ def main(argv):
     for run, result in zip(runs, results, strict=True):
         for name, metrics in experiments.tested(result, run).items():
             values.setdefault(name, []).append(metrics[run.metric])
-    out = args.out or Path(f'outputs/resolution-{args.task}')
     report(args, out, base, cases, values)
 
 
@@ -230,7 +235,7 @@ def report(args, out, base, cases, values):
         for kind, (h, w) in cases
     ]
     write_csv(out.with_suffix('.csv'), rows)
-    figure.savefig(out.with_suffix('.png'), dpi=110)
+    save_figure(figure, str(out.with_suffix('.png')), dpi=110)
     print(f'\nWrote {out}.csv and {out}.png')
 
 

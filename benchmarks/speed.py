@@ -46,7 +46,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measuring import resident_peak, run_apart, time_in_turns, write_csv
+from measuring import (
+    check_folder,
+    resident_peak,
+    run_apart,
+    time_in_turns,
+    write_csv,
+    write_text,
+)
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 HEADS, HEAD_DIMS, HIDDEN, PATCH = 6, 64, 32, 16
@@ -700,7 +707,7 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Time and memory against tokens, on logarithmic axes, with fitted slopes."""
-    from spvit_mm.utils import new_figure
+    from spvit_mm.utils import new_figure, save_figure
 
     kinds = {}
     for row in rows:
@@ -727,7 +734,7 @@ def plot(rows: list[dict], path: Path) -> None:
             axis.set_title('{} {}, {}, batch {}'.format(*kind))
             if axis.lines:
                 axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, str(path), dpi=120)
     print(f'Wrote {path}')
 
 
@@ -937,6 +944,8 @@ def parse_args(argv=None):
         parser.error('--repeats, --threads and --grids take numbers from 1 on')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch finds no CUDA device; use --device cpu')
+    if not args.memory_of and not args.start_of:
+        check_folder(parser, args.out_dir)
     return args
 
 
@@ -965,7 +974,7 @@ def main(argv=None) -> None:
             if rows:
                 write_csv(args.out_dir / 'speed.csv', rows)
     text = markdown(rows, where)
-    (args.out_dir / 'speed.md').write_text(text)
+    write_text(args.out_dir / 'speed.md', text)
     print(f'\n{text}\nWrote speed.csv and speed.md in {args.out_dir}')
     plot(rows, args.out_dir / 'speed.png')
 

@@ -35,11 +35,19 @@ from mmengine.fileio import load
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS, MODELS
 
+from spvit_mm.apis import building, scope_of
 from spvit_mm.models import SPViT
-from spvit_mm.utils import UserError, new_figure
+from spvit_mm.utils import UserError, new_figure, save_figure
 
 STUDIES = experiments.ROOT / 'benchmarks' / 'studies.yml'
 CONFIG = experiments.ROOT / 'configs/classification/spvit-mini_1xb64-50e_digits.py'
+
+
+# Entries of a config under study.
+NEEDED = (
+    *('model', 'train_dataloader', 'val_dataloader', 'val_evaluator'),
+    *('train_cfg', 'optim_wrapper'),
+)
 
 
 class Place(NamedTuple):
@@ -66,7 +74,8 @@ def load_study(name: str) -> dict:
 
 def place_of(cfg: Config) -> Place:
     """Where a config's priors are; anything but an SP-ViT is a UserError."""
-    backbone = build_backbone(cfg)
+    with building(f'The backbone of {cfg.filename}'):
+        backbone = build_backbone(cfg)
     if not isinstance(backbone, SPViT):
         raise UserError(
             f'{cfg.filename}: the studies change the priors of an SPViT, and '
@@ -158,7 +167,16 @@ def check_images(cfg: Config) -> None:
 
 
 def config_under_study(study: dict, cfg: Config, args) -> Config:
-    """The config with what all settings have in common."""
+    """The config with what all settings have in common.
+
+    One that lacks an entry, or is of no classifier, is a UserError.
+    """
+    experiments.check_entries(cfg, NEEDED)
+    if scope_of(cfg) == 'mmseg':
+        raise UserError(
+            f'{cfg.filename} is a config of mmseg; the studies compare accuracies of '
+            'image classifiers.'
+        )
     interval = args.val_interval or study.get('val_interval', 5)
     options = {'train_cfg.val_interval': interval}
     if args.epochs is not None:
@@ -294,7 +312,7 @@ def report(title: str, study: dict, runs: list[Run], results: list, out: Path) -
         draw_values(axes[2], tests, values)
         axes[2].set(xlabel='image at test', ylabel='top-1 (%), mean over seeds')
     figure.suptitle(title)
-    figure.savefig(out / 'results.png', dpi=120)
+    save_figure(figure, str(out / 'results.png'), dpi=120)
     print(f'\nWritten: {out}/results.csv, {out}/results.png')
 
 
@@ -321,17 +339,19 @@ def main(argv: list[str]) -> None:
         '--config', default=str(CONFIG), help='what is trained (default: %(default)s)'
     )
     parser.add_argument(
-        '--epochs', type=int, help="length of a training (default: the config's)"
+        '--epochs',
+        type=experiments.number(1),
+        help="length of a training (default: the config's)",
     )
     parser.add_argument(
         '--val-interval',
-        type=int,
+        type=experiments.number(1),
         metavar='EPOCHS',
         help="from one evaluation to the next (default: the study's, else 5)",
     )
     parser.add_argument(
         '--reach',
-        type=float,
+        type=experiments.number(0, 100, float),
         metavar='PERCENT',
         help="accuracy to count the epochs to (default: the study's, if it has one)",
     )

@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 
-import spvit_mm  # noqa: F401
+from spvit_mm.apis import number
 from spvit_mm.datasets.token_labels import write_label_map
 from spvit_mm.models.heads import token_label_targets
 
@@ -66,14 +66,18 @@ def make_loader(dataset, num_workers, batch_size):
     )
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--num-images', type=int, default=512)
-    parser.add_argument('--num-workers', type=int, nargs='+', default=[0, 2])
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--passes', type=int, default=5)
+    parser.add_argument('--num-images', type=number(1), default=512)
+    parser.add_argument('--num-workers', type=number(0), nargs='+', default=[0, 2])
+    parser.add_argument('--batch-size', type=number(1), default=64)
+    parser.add_argument('--passes', type=number(1), default=5)
     parser.add_argument('--device', default='cpu', help='where targets are built')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.batch_size > args.num_images:
+        parser.error('--batch-size takes no more than --num-images')
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        parser.error('--device cuda: torch finds no CUDA device; use --device cpu')
     init_default_scope('mmpretrain')
     configs = {
         'without': 'classification/spvit-small_8xb128-300e_in1k.py',

@@ -5,6 +5,7 @@ since nothing but the standard library is imported here. A package beside
 :mod:`spvit_mm`, because importing anything of that one registers all of it.
 """
 
+from .options import number
 from .parser import TRUST, ArgumentParser, add_cfg_options, start
 from .paths import checkpoint_problem, config_problem
 from .train_test import parse_test_args, parse_train_args
@@ -15,6 +16,7 @@ __all__ = [
     'add_cfg_options',
     'checkpoint_problem',
     'config_problem',
+    'number',
     'parse_test_args',
     'parse_train_args',
     'start',

@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
 # Train UPerNet on a small SP-ViT on scenes of handwritten digits, evaluate the
 # saved checkpoint, and draw what it predicts. No download.
+# Usage: [WORK_DIR=work_dirs/demo-segmentation] demo_segmentation.sh
 set -euo pipefail
+
+if [ "$#" -gt 0 ]; then
+    echo "Usage: [WORK_DIR=work_dirs/demo-segmentation] $0" >&2
+    exit 2
+fi
 
 ROOT=$(dirname "$0")/..
 NAME=spvit-mini_upernet_1xb16-700i_digit-scenes-64x96

@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
 # Train an SP-ViT on the digits that scikit-learn ships, evaluate the saved
 # checkpoint and draw the priors that it has learned. No download.
+# Usage: [WORK_DIR=work_dirs/quickstart] quickstart.sh
 set -euo pipefail
+
+if [ "$#" -gt 0 ]; then
+    echo "Usage: [WORK_DIR=work_dirs/quickstart] $0" >&2
+    exit 2
+fi
 
 # So small a model gains nothing from a second thread, and loses much to it where
 # other programs run beside.

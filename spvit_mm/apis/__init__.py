@@ -3,6 +3,7 @@
 from spvit_mm_cli import (
     ArgumentParser,
     add_cfg_options,
+    number,
     parse_test_args,
     parse_train_args,
 )
@@ -10,10 +11,14 @@ from spvit_mm_cli import (
 from .cli import building, run_cli
 from .complexity import attention_flops, register_flop_counter
 from .configs import (
+    beside,
     build_model,
     change_config,
     check_checkpoint,
     check_device,
+    check_entries,
+    check_finite,
+    check_size,
     image_shape,
     load_config,
     load_trained_model,
@@ -21,7 +26,7 @@ from .configs import (
     scope_of,
 )
 from .runner import build_runner, distribute_on_cpu
-from .samples import Sample, load_model, load_samples
+from .samples import Sample, load_classifier, load_model, load_samples
 from .test import build_tester, merge_test_args
 from .train import (
     build_trainer,
@@ -34,6 +39,7 @@ __all__ = [
     'Sample',
     'add_cfg_options',
     'attention_flops',
+    'beside',
     'build_model',
     'build_runner',
     'build_tester',
@@ -42,9 +48,13 @@ __all__ = [
     'change_config',
     'check_checkpoint',
     'check_device',
+    'check_entries',
+    'check_finite',
+    'check_size',
     'distribute_on_cpu',
     'find_resume_checkpoint',
     'image_shape',
+    'load_classifier',
     'load_config',
     'load_model',
     'load_samples',
@@ -52,6 +62,7 @@ __all__ = [
     'load_whole',
     'merge_test_args',
     'merge_train_args',
+    'number',
     'parse_test_args',
     'parse_train_args',
     'register_flop_counter',

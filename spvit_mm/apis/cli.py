@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import sys
 import time
 import traceback
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Optional
 
+import torch
 import torch.distributed as dist
 
 from spvit_mm_cli import TRUST
@@ -33,7 +35,10 @@ def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
     try:
         with safe_loader(trust=TRUST in argv):
             main(argv)
-    except UserError as error:
+    except (UserError, MemoryError, RuntimeError) as error:
+        reason = str(error) if isinstance(error, UserError) else _out_of_memory(error)
+        if reason is None:
+            raise
         # All processes of a launch make the same mistakes. The first one tells; after it
         # ended the launcher ends the others. A mistake that is another's own, such as an
         # image of its share, is told by that one.
@@ -42,7 +47,7 @@ def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         # One that a data-loading worker raised comes with the worker's traceback.
-        message = str(error).rsplit(f'{type(error).__name__}: ', 1)[-1]
+        message = reason.rsplit(f'{type(error).__name__}: ', 1)[-1]
         print(f'{prog}: error: {message.strip()}', file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == 'gloo':
@@ -53,6 +58,19 @@ def run_cli(main: Callable, prog: str, argv: Optional[list] = None) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _out_of_memory(error: Exception) -> Optional[str]:
+    """What to say of an error that is memory running out; None for any other."""
+    text = str(error)
+    known = (MemoryError, torch.cuda.OutOfMemoryError)
+    if not isinstance(error, known) and "can't allocate memory" not in text:
+        return None
+    asked = re.search(r'[Tt]ried to allocate [\d.,]+ ?\w+', text)
+    return (
+        f'There is not enough memory{f" ({asked[0]})" if asked else ""}. Ask for less at '
+        'a time: a smaller image, grid or batch.'
+    )
 
 
 @contextmanager

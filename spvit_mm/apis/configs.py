@@ -1,6 +1,7 @@
 """From a config and a checkpoint to a model."""
 
 import os
+import os.path as osp
 import sys
 from typing import Optional
 
@@ -10,10 +11,12 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 
-from spvit_mm_cli import checkpoint_problem
+from spvit_mm_cli import checkpoint_problem, config_problem
 
+from ..datasets.checks import patch_size
 from ..engine.hooks.load_report import reporting_loads
 from ..utils import (
+    CheckpointError,
     UserError,
     check_checkpoint_file,
     describe_error,
@@ -39,6 +42,9 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
         UserError: For a path that is no config, a config that cannot be read, or an
             option that does not fit it.
     """
+    problem = config_problem(path)
+    if problem:
+        raise UserError(problem)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the last place to look, so that it hides nothing
     try:
@@ -70,6 +76,16 @@ def change_config(cfg: Config, options: Optional[dict]) -> Config:
     return cfg
 
 
+def check_entries(cfg: Config, needed: tuple) -> None:
+    """Raise a UserError, which names them, for entries that a config lacks."""
+    absent = [key for key in needed if cfg.get(key) is None]
+    if absent:
+        raise UserError(
+            f'The config {cfg.filename} lacks {", ".join(absent)}. It needs '
+            f'{", ".join(needed)}.'
+        )
+
+
 def scope_of(cfg: Config) -> str:
     """The registry that a config is for: 'mmpretrain', 'mmseg', ...."""
     return cfg.get('default_scope') or 'mmengine'
@@ -92,6 +108,22 @@ def image_shape(cfg: Config, given: Optional[list] = None) -> tuple[int, int]:
     if len(shape) > 2 or min(shape) < 1:
         raise UserError(f'--shape takes one or two positive numbers, got {shape}.')
     return shape[0], shape[-1]
+
+
+def check_size(model: torch.nn.Module, size: tuple, what: str) -> None:
+    """Raise a UserError for an image that does not hold one patch of the model.
+
+    Args:
+        model (nn.Module): With a backbone.
+        size (Tuple[int, int]): Height and width of the image.
+        what (str): What to call it.
+    """
+    patch = patch_size(model)
+    if patch is not None and (size[0] < patch[0] or size[1] < patch[1]):
+        raise UserError(
+            f'{what}: {size[0]} x {size[1]} pixels (h x w) are less than one patch of '
+            f'the model, {patch[0]} x {patch[1]}.'
+        )
 
 
 def build_model(cfg: Config) -> torch.nn.Module:
@@ -135,6 +167,14 @@ def check_checkpoint(path: str) -> None:
         check_checkpoint_file(path)
 
 
+def beside(checkpoint: str, name: str) -> str:
+    """Where a command writes unless told: beside the checkpoint.
+
+    For one with an address (``https://...``) that is the working folder.
+    """
+    return name if '://' in checkpoint else osp.join(osp.dirname(checkpoint), name)
+
+
 def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, dict]:
     """Build the model of a config and load a checkpoint that must fit it wholly.
 
@@ -150,7 +190,8 @@ def load_trained_model(cfg: Config, checkpoint: str) -> tuple[torch.nn.Module, d
 
     Raises:
         UserError: For a config or checkpoint that cannot be used, or a checkpoint that
-            fits only in part, or not at all; with what does not.
+            fits only in part, or not at all, with what does not; for weights that are
+            not finite.
     """
     check_checkpoint(checkpoint)
     model = build_model(cfg)
@@ -189,7 +230,20 @@ def load_whole(model: torch.nn.Module, checkpoint: str) -> dict:
         raise
     except ValueError as error:  # a model refuses what it knows, such as a deploy form
         raise UserError(f'{checkpoint} does not fit this model: {error}') from error
-    name = first_not_finite(model.state_dict().items())
-    if name is not None:
-        raise UserError(f'{checkpoint} holds nan or infinity, first in {name}.')
+    check_finite(model, checkpoint)
     return loaded
+
+
+def check_finite(model: torch.nn.Module, checkpoint: str) -> None:
+    """Raise a CheckpointError, which names the first, for weights that are no numbers.
+
+    Args:
+        model (nn.Module): A model that ``checkpoint`` was loaded into.
+        checkpoint (str): Its path, for the message.
+    """
+    name = first_not_finite(model.state_dict().items())
+    if name:
+        raise CheckpointError(
+            f'{checkpoint} holds nan or infinity, first in {name}: the training that '
+            'wrote it diverged. Take an earlier checkpoint.'
+        )

@@ -16,7 +16,7 @@ from mmengine.utils import mkdir_or_exist
 from ..datasets.checks import naming_empty_data
 from ..utils import UserError, make_writable
 from .cli import building
-from .configs import scope_of
+from .configs import check_entries, scope_of
 
 # What each launcher tells its processes, and what starts them.
 LAUNCHERS = {
@@ -37,12 +37,7 @@ def merge_common_args(cfg: Config, args, needed: tuple) -> None:
     Raises:
         UserError: For options that do not fit the config or the machine.
     """
-    absent = [key for key in needed if cfg.get(key) is None]
-    if absent:
-        raise UserError(
-            f'The config {args.config} lacks {", ".join(absent)}. It needs '
-            f'{", ".join(needed)}.'
-        )
+    check_entries(cfg, needed)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:

@@ -1,18 +1,18 @@
 """Models and images for the tools that show something."""
 
+import os
 import os.path as osp
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
-import mmcv
 import numpy as np
 import torch
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
-from PIL import Image, UnidentifiedImageError
 
-from ..utils import UserError
+from ..utils import UserError, first_not_finite, with_progress
 from .cli import building
-from .configs import load_config, load_trained_model
+from .configs import check_entries, check_size, load_config, load_trained_model
 
 
 def load_model(config: str, checkpoint: str, options: Optional[dict] = None):
@@ -31,6 +31,17 @@ def load_model(config: str, checkpoint: str, options: Optional[dict] = None):
     """
     cfg = load_config(config, options)
     model, _ = load_trained_model(cfg, checkpoint)
+    return cfg, model
+
+
+def load_classifier(config: str, checkpoint: str, options: Optional[dict] = None):
+    """:func:`load_model` of an image classifier; any other model is a UserError."""
+    cfg, model = load_model(config, checkpoint, options)
+    if not hasattr(model, 'head'):
+        raise UserError(
+            f'The {type(model).__name__} of {config} is no image classifier, which this '
+            'command takes: it has no head.'
+        )
     return cfg, model
 
 
@@ -55,49 +66,106 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
 
     Args:
         cfg (Config): With a ``test_dataloader``.
-        model (nn.Module): A classifier, for its ``data_preprocessor``.
+        model (nn.Module): A classifier or segmentor, for its ``data_preprocessor``.
         paths (Sequence[str], optional): Image files. Defaults to None: images
             of the test data set.
         count (int): How many of the data set, evenly spread. Defaults to 4.
 
     Raises:
-        UserError: For a file that is no RGB image or a config without test data.
+        UserError: For a file that is no picture, a picture smaller than a patch, or
+            a config without test data.
     """
-    if not cfg.get('test_dataloader'):
-        raise UserError(
-            'The config has no test_dataloader, whose pipeline says how images are '
-            'prepared.'
-        )
+    check_entries(cfg, ('test_dataloader',))
     settings = cfg.test_dataloader.dataset
-    samples = []
+    bgr = _is_bgr(settings.get('pipeline') or [], model)
     if paths:
-        with building('The test pipeline'):
-            pipeline = Compose(settings.pipeline)
-        loads = str(settings.pipeline[0]['type']).endswith('LoadImageFromFile')
-        for path in paths:
-            _check_rgb(path)
-            data = dict(img_path=path, sample_idx=0)
-            if not loads:
-                image = mmcv.imread(path)
-                shape = image.shape[:2]
-                data.update(img=image, img_shape=shape, ori_shape=shape)
-            samples.append(_sample(model, osp.basename(path), pipeline(data)))
-        return samples
-    if count < 1:
-        raise UserError(f'At least 1 image must be shown, got {count}.')
+        read, pipeline = _split_pipeline(settings.pipeline, bgr)
+        return [
+            _sample(model, osp.basename(path), pipeline(read_picture(path, read)), bgr)
+            for path in paths
+        ]
     with building('The test data set'):
         dataset = DATASETS.build(settings)
     count = min(count, len(dataset))
-    for i in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist():
-        samples.append(_sample(model, f'image {i}', dataset[i]))
-    return samples
+    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    return [
+        _sample(model, f'image {i}', dataset[i], bgr) for i in with_progress(chosen)
+    ]
 
 
-def _sample(model, name, data):
+def _kind(transform: dict) -> str:
+    kind = transform['type']
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
+
+
+def _is_bgr(pipeline: list, model) -> bool:
+    """Whether a pipeline gives BGR: read from a file, or for a model that turns it."""
+    if pipeline and _kind(pipeline[0]) == 'LoadImageFromFile':
+        return True
+    # mmpretrain's name, and that of mmengine and mmsegmentation.
+    names = ('to_rgb', '_channel_conversion')
+    return any(getattr(model.data_preprocessor, name, False) for name in names)
+
+
+def _split_pipeline(settings: list, bgr: bool) -> tuple[Compose, Compose]:
+    """Of a test pipeline what reads a picture, and what follows, without the mask.
+
+    Data that is in memory is read by no transform; its pictures can be files.
+    """
+    read, rest = dict(type='LoadImageFromFile'), list(settings)
+    if rest and _kind(rest[0]) == 'LoadImageFromFile':
+        read = rest.pop(0)
+    rest = [transform for transform in rest if _kind(transform) != 'LoadAnnotations']
+    with building('The test pipeline'):
+        return Compose([read]), Compose(rest if bgr else [_to_rgb, *rest])
+
+
+def _to_rgb(data: dict) -> dict:
+    data['img'] = np.ascontiguousarray(data['img'][..., ::-1])
+    return data
+
+
+def read_picture(path: str, read: Callable) -> dict:
+    """Read a picture as training and testing do.
+
+    Args:
+        path (str): The file.
+        read (callable): The transform that reads: LoadImageFromFile of the config.
+
+    Returns:
+        dict: What the transform makes of it: ``img`` (h, w, 3), BGR, and more.
+
+    Raises:
+        UserError: For a path that is no file, and a file that it cannot read.
+    """
+    if not osp.isfile(path):
+        what = 'does not exist'
+        if osp.islink(path):
+            what = f'is a link to {os.readlink(path)}, which does not exist'
+        elif osp.isdir(path):
+            what = 'is a folder. Give the files'
+        raise UserError(f'The picture {path or repr(path)} {what}.')
+    try:
+        return read(dict(img_path=path, sample_idx=0))
+    except Exception as error:  # each decoder has errors of its own
+        reason = (str(error).splitlines() or [''])[0]
+        reason = f'{type(error).__name__}: {reason}'
+        if not osp.getsize(path):
+            reason = 'it is empty'
+        raise UserError(f'The picture {path} cannot be read: {reason}.') from error
+
+
+def _sample(model, name, data, bgr):
     batch = model.data_preprocessor(pseudo_collate([data]), False)
+    if first_not_finite([(name, batch['inputs'][0])]):
+        raise UserError(
+            f'{name} holds nan or infinity after the test pipeline and the '
+            'data_preprocessor. Check the file, and mean and std of data_preprocessor.'
+        )
+    check_size(model, data['inputs'].shape[-2:], f'{name}, after the test pipeline')
     picture = data['inputs'].permute(1, 2, 0).numpy().astype(np.uint8)
-    if getattr(model.data_preprocessor, 'to_rgb', False):
-        picture = picture[..., ::-1]  # it was loaded as BGR
+    if bgr:
+        picture = picture[..., ::-1]
     label = data['data_samples'].get('gt_label') if 'data_samples' in data else None
     return Sample(
         name=name,
@@ -105,18 +173,3 @@ def _sample(model, name, data):
         inputs=batch['inputs'][0],
         label=None if label is None else int(label),
     )
-
-
-def _check_rgb(path):
-    if not osp.isfile(path):
-        raise UserError(f'The image {path} does not exist.')
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f'{path} is not an image that can be read: {error}') from error
-    if mode != 'RGB':
-        raise UserError(
-            f'The image {path} is not RGB (its mode is {mode}). Convert it first, with '
-            f"Pillow: Image.open(path).convert('RGB').save(new_path)."
-        )

@@ -5,6 +5,7 @@ import json
 import os
 import os.path as osp
 
+import mmcv
 import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
@@ -12,8 +13,15 @@ from mmengine.utils import ProgressBar
 from mmpretrain.datasets import CustomDataset
 from torch.utils.data import DataLoader, Subset
 
-from ..utils import LabelMapError, UserError, new_figure, whole_file
-from .checks import patch_size
+from ..utils import (
+    LabelMapError,
+    UserError,
+    check_new_folder,
+    new_figure,
+    save_figure,
+    whole_file,
+)
+from .checks import guard_files, patch_size
 from .subset import EXTENSIONS
 from .token_labels import (
     INFO_FILE,
@@ -146,9 +154,9 @@ def generate_token_labels(
             f'pixels, got {size}.'
         )
     if not osp.isdir(image_root):
-        raise UserError(f'The folder of images {image_root!r} does not exist.')
-    if osp.exists(label_root) and not osp.isdir(label_root):
-        raise UserError(f'{label_root!r} is a file; give a folder for the label maps.')
+        what = 'is a file' if osp.exists(image_root) else 'does not exist'
+        raise UserError(f'The folder of images {image_root!r} {what}.')
+    label_root = check_new_folder(label_root)
 
     num_classes = model.head.num_classes
     classes = _class_folders(image_root)
@@ -159,22 +167,26 @@ def generate_token_labels(
             'ids would not be those of the folder: train the teacher on it first.'
         )
     teacher = DenseTeacher(model.to(device))
-    dataset = CustomDataset(
-        data_prefix=image_root,
-        with_label=False,
-        extensions=EXTENSIONS,
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(
-                type='Resize',
-                scale=(size, size),
-                backend='pillow',
-                interpolation='bicubic',
-            ),
-            dict(type='PackInputs'),
-        ],
-        test_mode=True,
-    )
+    try:
+        dataset = CustomDataset(
+            data_prefix=image_root,
+            with_label=False,
+            extensions=EXTENSIONS,
+            pipeline=[
+                dict(type='LoadImageFromFile'),
+                dict(
+                    type='Resize',
+                    scale=(size, size),
+                    backend='pillow',
+                    interpolation='bicubic',
+                ),
+                dict(type='PackInputs'),
+            ],
+            test_mode=True,
+        )
+    except RuntimeError as error:  # no images
+        raise UserError(f'The folder of images {image_root!r}: {error}') from error
+    guard_files(dataset)
     paths = [dataset.get_data_info(i)['img_path'] for i in range(len(dataset))]
     names = label_map_names(paths, image_root)
     settings = dict(
@@ -286,13 +298,11 @@ def draw_preview(image_paths, map_paths, path, classes=None):
         path (str): The PNG to write.
         classes (Sequence[str], optional): Names of the classes.
     """
-    from PIL import Image
-
     figure = new_figure(8, 2.6 * len(image_paths))
     axes = figure.subplots(len(image_paths), 3, squeeze=False)
     for row, image_path, map_path in zip(axes, image_paths, map_paths, strict=True):
-        image = Image.open(image_path).convert('RGB')
-        width, height = image.size
+        image = mmcv.imread(image_path, channel_order='rgb')
+        height, width = image.shape[:2]
         extent = (0, width, height, 0)
         label_map = read_label_map(map_path).float()
         ids, counts = label_map[1, 0].long().unique(return_counts=True)
@@ -311,4 +321,4 @@ def draw_preview(image_paths, map_paths, path, classes=None):
         figure.colorbar(shown, ax=row[2])
         for axis in row:
             axis.set_axis_off()
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)

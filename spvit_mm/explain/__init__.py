@@ -21,7 +21,13 @@ from .prior_maps import (
     write_gif,
 )
 from .prior_stats import HeadFocus, format_focus, head_focus, write_focus
-from .recording import AttentionMap, Recording, attention_terms, record_attention
+from .recording import (
+    AttentionMap,
+    Recording,
+    attention_terms,
+    find_attentions,
+    record_attention,
+)
 from .relevance import METHODS as RELEVANCE_METHODS
 from .relevance import (
     Perturbation,
@@ -57,6 +63,7 @@ __all__ = [
     'draw_priors',
     'draw_strip',
     'draw_query_attention',
+    'find_attentions',
     'format_focus',
     'head_focus',
     'query_attention',

@@ -8,7 +8,13 @@ import torch
 
 from ..models import SpatialPrior, SpatialPriorAttention
 from ..models.attention import GridAttention, fit_mask
-from ..utils import UserError, figure_to_image, new_figure
+from ..utils import (
+    UserError,
+    figure_to_image,
+    first_not_finite,
+    new_figure,
+    whole_file,
+)
 
 # Of offsets that a prior masks, in no colour map used here.
 MASKED = '0.75'
@@ -66,8 +72,8 @@ def collect_priors(model, hw=None):
         shares its priors.
 
     Raises:
-        UserError: If there is no spatial prior in the model, or no grid is
-            known.
+        UserError: If there is no spatial prior in the model, no grid is known, or
+            a prior is not finite.
     """
     missing = why_no_priors(model)
     if missing:
@@ -92,6 +98,9 @@ def collect_priors(model, hw=None):
         if combine == 'both':
             layer += ', added' if added else ', multiplied'
         table, keep = module(grid), module.keep(grid)
+        visible = table if keep is None else table.masked_fill(~keep, 1.0)
+        if first_not_finite([(layer, visible)]):
+            raise UserError(f'The prior of {layer} holds nan or infinity.')
         for mask in (keep, _kept(owner, grid, len(table))):
             if mask is not None:
                 table = table.masked_fill(~mask, float('nan'))
@@ -257,15 +266,16 @@ def write_gif(frames, path, seconds=0.6):
         for frame in frames
     ]
     durations = [round(1000 * seconds)] * len(rest) + [round(4000 * seconds)]
-    first.save(
-        path,
-        format='GIF',
-        save_all=True,
-        append_images=rest,
-        duration=durations,
-        loop=0,
-        optimize=False,
-    )
+    with whole_file(path) as partial:
+        first.save(
+            partial,
+            format='GIF',
+            save_all=True,
+            append_images=rest,
+            duration=durations,
+            loop=0,
+            optimize=False,
+        )
 
 
 def _reach(tables):

@@ -1,10 +1,11 @@
 """What each head's prior looks for, in numbers."""
 
-import csv
 import math
 from typing import NamedTuple
 
 import numpy as np
+
+from ..utils import write_csv
 
 
 class HeadFocus(NamedTuple):
@@ -118,9 +119,7 @@ def format_focus(focus) -> str:
 
 def write_focus(path, focus) -> None:
     """Write the table as a CSV file."""
-    with open(path, 'w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow([*HeadFocus._fields, 'direction'])
-        for f in focus:
-            numbers = [f'{x:.6g}' for x in f[2:]]
-            writer.writerow([f.layer, f.head, *numbers, f.direction])
+    rows = [[*HeadFocus._fields, 'direction']]
+    for f in focus:
+        rows.append([f.layer, f.head, *(f'{x:.6g}' for x in f[2:]), f.direction])
+    write_csv(path, rows)

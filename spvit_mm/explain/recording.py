@@ -177,6 +177,25 @@ def _vanilla_scale(module):
     return module.head_dims**-0.5
 
 
+def find_attentions(model) -> dict:
+    """The attentions of a model that can be recorded, by their names, in order.
+
+    Raises:
+        UserError: If there is none.
+    """
+    attentions = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, MultiheadAttention)
+    }
+    if not attentions:
+        raise UserError(
+            f'{type(model).__name__} has no attention to record: no '
+            'MultiheadAttention of mmpretrain, and none of spvit_mm.'
+        )
+    return attentions
+
+
 @contextmanager
 def record_attention(model):
     """Record the attention maps of every forward inside the ``with``.
@@ -202,16 +221,7 @@ def record_attention(model):
         >>> recording.maps[0].weights.shape
     """
     recording = Recording()
-    attentions = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, MultiheadAttention)
-    }
-    if not attentions:
-        raise UserError(
-            f'{type(model).__name__} has no attention to record: no '
-            'MultiheadAttention of mmpretrain, and none of spvit_mm.'
-        )
+    attentions = find_attentions(model)
     stem = next(
         (m for n, m in model.named_modules() if n.endswith('patch_embed')), None
     )

@@ -14,10 +14,18 @@ from .errors import (
     UserError,
     describe_error,
 )
-from .figures import figure_to_image, new_figure
-from .files import check_new_file, make_writable, prepare_picture, whole_file
+from .figures import figure_to_image, new_figure, save_figure
+from .files import (
+    check_new_file,
+    check_new_folder,
+    check_new_picture,
+    make_writable,
+    whole_file,
+    write_csv,
+)
 from .finite import first_not_finite
 from .modules import unwrap_model
+from .progress import with_progress
 
 __all__ = [
     'CheckpointError',
@@ -27,15 +35,19 @@ __all__ = [
     'UserError',
     'check_checkpoint_file',
     'check_new_file',
+    'check_new_folder',
+    'check_new_picture',
     'describe_error',
     'figure_to_image',
     'first_not_finite',
     'make_writable',
     'new_figure',
-    'prepare_picture',
     'read_checkpoint',
     'safe_loader',
+    'save_figure',
     'unwrap_model',
     'whole_file',
     'write_checkpoint',
+    'with_progress',
+    'write_csv',
 ]

@@ -1,8 +1,8 @@
+import re
+
 import experiments
 import pytest
 import resolution
-
-from spvit_mm.utils import UserError
 
 
 def test_sizes_are_whole_patches():
@@ -17,14 +17,16 @@ def test_sizes_are_whole_patches():
 @pytest.mark.parametrize(
     ('argv', 'words'),
     [
-        (['digits', '--iters', '50'], '--iters must be above 50'),
-        (['digits', '--seeds', '0'], '--seeds and --jobs must be at least 1'),
+        (['digits', '--iters', '50'], '--iters: takes whole numbers from 51 on'),
+        (['digits', '--seeds', '0'], '--seeds: takes whole numbers from 1 on'),
         (['cifar10', '--data-root', '/nowhere'], 'train/CLASS.*got /nowhere'),
     ],
 )
-def test_bad_arguments(argv, words):
-    with pytest.raises(UserError, match=words):
-        resolution.main(argv)
+def test_bad_arguments(argv, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        experiments.run_cli(resolution.main, 'resolution.py', argv)
+    assert end.value.code == 2
+    assert re.search(words, capsys.readouterr().err)
 
 
 def test_tests_are_of_the_size_and_the_rule():

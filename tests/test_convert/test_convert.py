@@ -916,7 +916,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, source_file, monkeypatch):
 
     out = tmp_path / 'out' / 'ours.pth'
     monkeypatch.setattr(torch, 'save', fail)
-    with pytest.raises(OSError, match='No space left'):
+    with pytest.raises(UserError, match='No space left'):
         convert_file(source_file, out, options=Options(skip_scale=2.0))
     assert not list(out.parent.iterdir())
 

@@ -223,7 +223,7 @@ def test_bad_input(images, tmp_path):
     with pytest.raises(ValueError, match='does not exist'):
         generate(cnn(), str(tmp_path / 'nowhere'), tmp_path / 'maps')
     (tmp_path / 'file').write_text('x')
-    with pytest.raises(ValueError, match='is a file'):
+    with pytest.raises(ValueError, match='is not a folder'):
         generate(cnn(), images, tmp_path / 'file')
     with pytest.raises(ValueError, match='`top_k` must be at least 1'):
         generate(cnn(), images, tmp_path / 'maps', top_k=0)

@@ -16,7 +16,7 @@ from spvit_mm.datasets.token_labels import (
     write_label_map,
 )
 from spvit_mm.models.heads import crop_label_maps
-from spvit_mm.utils import LabelMapError
+from spvit_mm.utils import LabelMapError, UserError
 
 
 def a_map(num_classes=3, hw=(4, 6), top_k=2, seed=0):
@@ -174,7 +174,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
         raise OSError('No space left on device')
 
     monkeypatch.setattr(torch, 'save', fails)
-    with pytest.raises(OSError, match='No space'):
+    with pytest.raises(UserError, match='No space'):
         write_label_map(str(tmp_path / 'x.pt'), a_map(), 3)
     assert list(tmp_path.iterdir()) == []
 

@@ -148,7 +148,7 @@ def test_animation_of_different_models_is_refused():
         (2, 'p.mp4', 'p.mp4 must end in .png or .gif'),
         (1, 'p', 'p must end in .png or .gif'),
         (1, 'p.gif', 'got a single one'),
-        (2, f'{CONFIG}/p.gif', 'cannot be made'),
+        (2, f'{CONFIG}/p.gif', 'is not a folder'),
         (2, str(ROOT), 'is a folder'),
     ],
 )

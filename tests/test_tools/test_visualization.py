@@ -105,23 +105,13 @@ def test_relevance_of_two_models_and_the_table(checkpoint, tmp_path, capsys):
     assert 'most first (low is good)' in capsys.readouterr().out
 
 
-def test_relevance_of_image_files(checkpoint, tmp_path, capsys):
+def test_relevance_of_image_files(checkpoint, tmp_path):
     path = checkpoint(CONFIG)
     rgb = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
     Image.fromarray(rgb).save(tmp_path / 'rgb.png')
     args = (CONFIG, path, '--methods', 'gradient', '--images')
     run('visualization/show_relevance.py', *args, tmp_path / 'rgb.png')
     assert (tmp_path / 'relevance.png').is_file()
-    Image.fromarray(rgb[..., 0]).save(tmp_path / 'gray.png')
-    (tmp_path / 'text.png').write_text('no image')
-    for name, message in [
-        ('gray.png', 'is not RGB (its mode is L)'),
-        ('text.png', 'is not an image that can be read'),
-        ('none.png', 'does not exist'),
-    ]:
-        with pytest.raises(SystemExit):
-            run('visualization/show_relevance.py', *args, tmp_path / name)
-        assert message in capsys.readouterr().err
 
 
 def test_binarized_priors(checkpoint, tmp_path, capsys):
@@ -148,8 +138,8 @@ def test_binarized_priors(checkpoint, tmp_path, capsys):
     assert float(row['time']) > 0
     capsys.readouterr()
     for argv, message in [
-        (('--keep', '0'), '--keep takes shares in (0, 1]'),
-        (('--finetune', '-1'), '--finetune must be 0 or more'),
+        (('--keep', '0'), '--keep: takes numbers above 0 up to 1'),
+        (('--finetune', '-1'), '--finetune: takes whole numbers from 0 on'),
     ]:
         with pytest.raises(SystemExit):
             run('analysis/binarize_priors.py', CONFIG, path, *argv)

@@ -5,12 +5,11 @@ after some epochs. Where a layer multiplies by one prior and adds another, the o
 multiplies ranks. tools/model_converters/sparsify_priors.py writes one such model."""
 
 import argparse
-import csv
 import os.path as osp
 from copy import deepcopy
 from itertools import islice
 
-from spvit_mm_cli import ArgumentParser, add_cfg_options, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, number, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -19,7 +18,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument(
         '--keep',
-        type=float,
+        type=number(0, 1, float, above=True),
         nargs='+',
         default=[1.0, 0.8, 0.6, 0.4, 0.2, 0.1],
         help='shares to keep, each in (0, 1] (default: 1 0.8 0.6 0.4 0.2 0.1)',
@@ -39,20 +38,20 @@ def parse_args(argv: list) -> argparse.Namespace:
     )
     parser.add_argument(
         '--finetune',
-        type=int,
+        type=number(0),
         default=0,
         metavar='EPOCHS',
         help='also fine-tune each for these epochs of the training data (default: 0)',
     )
     parser.add_argument(
         '--lr-factor',
-        type=float,
+        type=number(0, kind=float, above=True),
         default=0.1,
         help='learning rate of the fine-tuning over that of the config (default: 0.1)',
     )
     parser.add_argument(
         '--mass-batches',
-        type=int,
+        type=number(1),
         default=4,
         help='batches of the training data to measure the attention on (default: 4)',
     )
@@ -75,29 +74,35 @@ def main(argv: list) -> None:
     from mmengine.device import get_device
     from mmengine.runner import Runner
 
-    from spvit_mm.apis import building, load_config, load_trained_model
+    from spvit_mm.apis import (
+        beside,
+        building,
+        check_entries,
+        load_config,
+        load_trained_model,
+    )
     from spvit_mm.apis import sparsify as api
-    from spvit_mm.explain import binarize, offset_mass
+    from spvit_mm.explain import binarize, offset_mass, why_no_priors
     from spvit_mm.explain.binarize import describe_kept, mean_kept
-    from spvit_mm.utils import UserError, prepare_picture
+    from spvit_mm.utils import (
+        UserError,
+        check_new_picture,
+        first_not_finite,
+        save_figure,
+        write_csv,
+    )
 
     args = parse_args(argv)
-    if any(not 0 < share <= 1 for share in args.keep):
-        raise UserError(f'--keep takes shares in (0, 1], got {args.keep}.')
-    if args.finetune < 0 or args.mass_batches < 1 or args.lr_factor <= 0:
-        raise UserError(
-            '--finetune must be 0 or more, --mass-batches 1 or more and --lr-factor '
-            'positive.'
-        )
-    out = args.out or osp.join(osp.dirname(args.checkpoint), 'binarized.png')
-    out = prepare_picture(out) if args.out else out
+    if args.out is None:
+        args.out = beside(args.checkpoint, 'binarized.png')
+    out = check_new_picture(args.out)
     cfg = load_config(args.config, args.cfg_options)
     model, _ = load_trained_model(cfg, args.checkpoint)
-    needed = ['test_dataloader', 'train_dataloader']
-    needed += ['optim_wrapper'] if args.finetune else []
-    for name in needed:
-        if not cfg.get(name):
-            raise UserError(f'The config {args.config} has no {name}.')
+    missing = why_no_priors(model)
+    if missing:
+        raise UserError(missing)
+    needed = ('test_dataloader', 'train_dataloader')
+    check_entries(cfg, (*needed, 'optim_wrapper') if args.finetune else needed)
     model.to(get_device())
     cfg.test_evaluator = cfg.get('test_evaluator') or dict(type='Accuracy', topk=(1,))
     test = api.evaluation_data(cfg)
@@ -106,6 +111,12 @@ def main(argv: list) -> None:
     images = list(api.training_images(cfg, model, args.mass_batches))
     masses, grid = offset_mass(model, images)
     example = images[0][:1]
+    wrong = first_not_finite((name, m.mass) for name, m in masses.items())
+    if wrong:
+        raise UserError(
+            f'The attention of {wrong} is nan or infinite for images of the training '
+            'data. Check them, and mean and std of data_preprocessor.'
+        )
 
     rows = []
     for share in sorted(args.keep, reverse=True):
@@ -132,12 +143,9 @@ def main(argv: list) -> None:
             print('  '.join(f'{name:>9}' for name in header))
         rows.append(row)
         print('  '.join(f'{value:9.4f}' for value in row), flush=True)
-    draw(header, rows, args.by).savefig(out, dpi=120)
+    save_figure(draw(header, rows, args.by), out, dpi=120)
     table = osp.splitext(out)[0] + '.csv'
-    with open(table, 'w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([f'{value:.6g}' for value in row] for row in rows)
+    write_csv(table, [header, *([f'{value:.6g}' for value in row] for row in rows)])
     print(f'Written: {out} and {table}')
 
 
@@ -155,7 +163,8 @@ def finetune(model, loader, settings, args):
         wrapper = build_optim_wrapper(model, settings)
     model.train()
     for _ in range(args.finetune):
-        for batch in islice(loader, len(loader)):  # an InfiniteSampler has no end
+        # An InfiniteSampler has no end.
+        for batch in islice(loader, len(loader)):
             model.train_step(batch, wrapper)
 
 

@@ -7,7 +7,7 @@ count whatever operator computes them.
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, add_cfg_options, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, number, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -15,7 +15,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser.add_argument('config', help='path of the config')
     parser.add_argument(
         '--shape',
-        type=int,
+        type=number(1),
         nargs='+',
         metavar='SIDE',
         help='height and width of the image, or one number for both (default: '
@@ -33,12 +33,13 @@ def parse_args(argv: list) -> argparse.Namespace:
 def main(argv: list) -> None:
     from mmengine.analysis import get_model_complexity_info
 
-    from spvit_mm.apis import build_model, image_shape, load_config
+    from spvit_mm.apis import build_model, check_size, image_shape, load_config
 
     args = parse_args(argv)
     cfg = load_config(args.config, args.cfg_options)
     shape = (3, *image_shape(cfg, args.shape))
     model = build_model(cfg).eval()
+    check_size(model, shape[1:], '--shape')
     info = get_model_complexity_info(
         model, shape, show_table=args.detail, show_arch=False
     )

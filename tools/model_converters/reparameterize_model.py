@@ -6,7 +6,7 @@ Gives the same outputs and computes no prior any more.
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, add_cfg_options, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, number, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -16,7 +16,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser.add_argument('out', help='the checkpoint to write (.pth or .safetensors)')
     parser.add_argument(
         '--grid',
-        type=int,
+        type=number(1),
         nargs=2,
         metavar=('H', 'W'),
         help='rows and columns of patches that will be served (default: those of the '

@@ -3,10 +3,9 @@
 and attention of every head, one PNG a layer."""
 
 import argparse
-import os
 import os.path as osp
 
-from spvit_mm_cli import ArgumentParser, add_cfg_options, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, number, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -15,7 +14,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument(
         '--query',
-        type=int,
+        type=number(0),
         nargs=2,
         required=True,
         metavar=('ROW', 'COLUMN'),
@@ -25,7 +24,10 @@ def parse_args(argv: list) -> argparse.Namespace:
         '--image', help='an image file (default: the first of the test data set)'
     )
     parser.add_argument(
-        '--layers', type=int, nargs='+', help='layers to show, from 1 (default: all)'
+        '--layers',
+        type=number(1),
+        nargs='+',
+        help='layers to show, from 1 (default: all)',
     )
     parser.add_argument(
         '--out-dir',
@@ -38,27 +40,30 @@ def parse_args(argv: list) -> argparse.Namespace:
 
 
 def main(argv: list) -> None:
-    from spvit_mm.apis import load_model, load_samples
-    from spvit_mm.explain import draw_query_attention, query_attention
-    from spvit_mm.utils import UserError
+    from spvit_mm.apis import beside, load_model, load_samples
+    from spvit_mm.explain import draw_query_attention, find_attentions, query_attention
+    from spvit_mm.utils import UserError, check_new_folder, save_figure
 
     args = parse_args(argv)
+    if args.out_dir is None:
+        args.out_dir = beside(args.checkpoint, 'attention')
+    folder = check_new_folder(args.out_dir)
     cfg, model = load_model(args.config, args.checkpoint, args.cfg_options)
-    (sample,) = load_samples(cfg, model, [args.image] if args.image else None, 1)
+    depth = len(find_attentions(model))
+    wanted = args.layers or range(1, depth + 1)
+    if max(wanted) > depth:
+        raise UserError(f'--layers takes numbers in 1..{depth}, got {args.layers}.')
+    (sample,) = load_samples(
+        cfg, model, None if args.image is None else [args.image], 1
+    )
     layers = query_attention(model, sample.inputs[None], tuple(args.query))
-    wanted = args.layers or range(1, len(layers) + 1)
-    wrong = [i for i in wanted if not 1 <= i <= len(layers)]
-    if wrong:
-        raise UserError(f'--layers takes numbers in 1..{len(layers)}, got {wrong}.')
-    folder = args.out_dir or osp.join(osp.dirname(args.checkpoint), 'attention')
-    os.makedirs(folder, exist_ok=True)
     row, column = args.query
     for i in wanted:
         layer = layers[i - 1]
         title = f'{layer.layer} ({layer.kind}), {sample.name}, patch ({row}, {column})'
         figure = draw_query_attention(layer, args.query, sample.picture, title)
         path = osp.join(folder, f'layer{i}_row{row}_column{column}.png')
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path, dpi=120)
         print(path)
 
 

@@ -6,7 +6,7 @@ an animation where --out ends in .gif."""
 import argparse
 import os.path as osp
 
-from spvit_mm_cli import ArgumentParser, add_cfg_options, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, number, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     )
     parser.add_argument(
         '--grid',
-        type=int,
+        type=number(1),
         nargs=2,
         metavar=('H', 'W'),
         help='rows and columns of patches (default: those of the training)',
@@ -49,6 +49,7 @@ def parse_args(argv: list) -> argparse.Namespace:
 
 
 def main(argv: list) -> None:
+    from spvit_mm.apis import beside
     from spvit_mm.explain import (
         animate_priors,
         draw_comparison,
@@ -59,22 +60,20 @@ def main(argv: list) -> None:
         write_focus,
         write_gif,
     )
-    from spvit_mm.utils import UserError, prepare_picture
+    from spvit_mm.utils import UserError, check_new_picture, save_figure
 
     args = parse_args(argv)
-    if args.grid and min(args.grid) < 1:
-        raise UserError(f'--grid takes two positive numbers, got {args.grid}.')
     if args.compare and len(args.checkpoint) > 1:
         raise UserError('--compare takes one checkpoint of each model, not a strip.')
-    out = args.out or osp.join(osp.dirname(args.checkpoint[-1]), 'priors.png')
+    if args.out is None:
+        args.out = beside(args.checkpoint[-1], 'priors.png')
+    out = check_new_picture(args.out, ('.png', '.gif'))
     animated = osp.splitext(out)[1] == '.gif'
     if animated and len(args.checkpoint) < 2:
         raise UserError(
             'A .gif shows several checkpoints of one training, got a single one: give '
             'two or more, in order, or let --out end in .png.'
         )
-    if args.out:
-        out = prepare_picture(out, ('.png', '.gif'))
 
     name = osp.splitext(osp.basename(args.config))[0]
     title = f'Spatial priors of {name}'
@@ -106,7 +105,7 @@ def main(argv: list) -> None:
     if animated:
         write_gif(frames, out)
     else:
-        figure.savefig(out, dpi=120)
+        save_figure(figure, out, dpi=120)
     focus = head_focus(maps)
     print(format_focus(focus))
     write_focus(osp.splitext(out)[0] + '.csv', focus)

@@ -3,11 +3,13 @@
 check it by removing patches."""
 
 import argparse
-import csv
 import os.path as osp
 from importlib.util import find_spec
 
-from spvit_mm_cli import ArgumentParser, add_cfg_options, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, number, start
+
+# Of which a PNG can be drawn, 258 pixels a row.
+MOST_PICTURES = 250
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -25,7 +27,10 @@ def parse_args(argv: list) -> argparse.Namespace:
         '--images', nargs='+', help='image files (default: of the test data set)'
     )
     parser.add_argument(
-        '--count', type=int, default=4, help='images of the data set (default: 4)'
+        '--count',
+        type=number(1, MOST_PICTURES),
+        default=4,
+        help='images of the data set (default: 4)',
     )
     parser.add_argument(
         '--methods',
@@ -36,11 +41,13 @@ def parse_args(argv: list) -> argparse.Namespace:
         'grad-cam package (default: gradient rollout)',
     )
     parser.add_argument(
-        '--target', type=int, help='class to explain (default: the predicted one)'
+        '--target',
+        type=number(0),
+        help='class to explain (default: the predicted one)',
     )
     parser.add_argument(
         '--perturb',
-        type=int,
+        type=number(0),
         default=0,
         metavar='N',
         help='perturbation test on N images of the test data set (default: none)',
@@ -59,23 +66,28 @@ def parse_args(argv: list) -> argparse.Namespace:
 
 
 def main(argv: list) -> None:
-    from spvit_mm.apis import load_model, load_samples
+    from spvit_mm.apis import beside, load_classifier, load_samples
     from spvit_mm.explain import draw_relevance
-    from spvit_mm.utils import UserError, prepare_picture
+    from spvit_mm.utils import UserError, check_new_picture, save_figure
 
     args = parse_args(argv)
-    if args.perturb < 0:
-        raise UserError(f'--perturb takes a number of images, got {args.perturb}.')
     if 'gradcam' in args.methods and find_spec('pytorch_grad_cam') is None:
         raise UserError(
             '--methods gradcam needs the grad-cam package: pip install grad-cam'
         )
-    out = args.out or osp.join(osp.dirname(args.checkpoint), 'relevance.png')
-    out = prepare_picture(out) if args.out else out
+    if args.out is None:
+        args.out = beside(args.checkpoint, 'relevance.png')
+    out = check_new_picture(args.out)
 
     columns, captions, rows, pictures = [], [], [], None
     for config, checkpoint in [(args.config, args.checkpoint), args.compare]:
-        cfg, model = load_model(config, checkpoint, args.cfg_options)
+        cfg, model = load_classifier(config, checkpoint, args.cfg_options)
+        classes = getattr(model.head, 'num_classes', None)
+        if args.target is not None and classes and args.target >= classes:
+            raise UserError(
+                f'--target takes a class of the model, from 0 to {classes - 1}, got '
+                f'{args.target}.'
+            )
         name = osp.splitext(osp.basename(config))[0].split('_1x')[0]
         samples = load_samples(cfg, model, args.images, args.count)
         pictures = pictures or [sample.picture for sample in samples]
@@ -87,22 +99,25 @@ def main(argv: list) -> None:
             rows += perturb(cfg, model, name, args)
         if args.compare is None:
             break
-    draw_relevance(pictures, columns, captions).savefig(out, dpi=120)
+    save_figure(draw_relevance(pictures, columns, captions), out, dpi=120)
     print(f'The relevance of {len(pictures)} images is drawn in {out}')
     if rows:
         report(rows, osp.splitext(out)[0] + '_perturbation.csv', args.perturb)
 
 
 def batches(samples, size=32):
-    """Batches of images of equal size."""
-    import torch
-
+    """Lists of samples, each of images of equal size."""
     shapes = {tuple(sample.inputs.shape) for sample in samples}
     if len(shapes) > 1:
         size = 1
-    for i in range(0, len(samples), size):
-        part = samples[i : i + size]
-        yield torch.stack([sample.inputs for sample in part])
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+def stack(samples):
+    """The images of samples, (B, 3, h, w)."""
+    import torch
+
+    return torch.stack([sample.inputs for sample in samples])
 
 
 def explain(model, samples, args):
@@ -110,11 +125,13 @@ def explain(model, samples, args):
     import torch
 
     from spvit_mm.explain import class_scores, relevance_maps
+    from spvit_mm.utils import with_progress
 
     found = []
     for method in args.methods:
         maps, words = [], []
-        for inputs in batches(samples):
+        for batch in with_progress(batches(samples)):
+            inputs = stack(batch)
             with torch.no_grad():
                 scores = class_scores(model, inputs).softmax(dim=1)
             targets = scores.argmax(dim=1)
@@ -133,7 +150,7 @@ def perturb(cfg, model, name, args):
 
     from spvit_mm.apis import load_samples
     from spvit_mm.explain import perturbation_test, relevance_maps
-    from spvit_mm.utils import UserError
+    from spvit_mm.utils import UserError, with_progress
 
     samples = load_samples(cfg, model, None, args.perturb)
     if any(sample.label is None for sample in samples):
@@ -142,11 +159,14 @@ def perturb(cfg, model, name, args):
         raise UserError(
             '--perturb needs images of one size: let the test pipeline resize and crop.'
         )
-    inputs = torch.stack([sample.inputs for sample in samples])
+    inputs = stack(samples)
     labels = [sample.label for sample in samples]
     orders = {
         method: torch.cat(
-            [relevance_maps(model, batch, None, method) for batch in batches(samples)]
+            [
+                relevance_maps(model, stack(batch), None, method)
+                for batch in with_progress(batches(samples))
+            ]
         )
         for method in args.methods
     }
@@ -155,12 +175,14 @@ def perturb(cfg, model, name, args):
     orders['random order'] = torch.rand(any_map.shape, generator=generator)
     return [
         (name, method, perturbation_test(model, inputs, labels, maps))
-        for method, maps in orders.items()
+        for method, maps in with_progress([*orders.items()])
     ]
 
 
 def report(rows, path, count):
     """Print the areas and write the curves."""
+    from spvit_mm.utils import write_csv
+
     width = max(len(name) for name, *_ in rows)
     print(
         f'Perturbation test on {count} images: area under the accuracy while patches '
@@ -173,12 +195,11 @@ def report(rows, path, count):
         print(
             f'{name:<{width}}  {method:<12}  {p.most_area:24.3f}  {p.least_area:11.3f}'
         )
-    with open(path, 'w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(['model', 'method', 'removed', 'most_first', 'least_first'])
-        for name, method, p in rows:
-            for values in zip(p.removed, p.most, p.least, strict=True):
-                writer.writerow([name, method, *(f'{v:.4f}' for v in values)])
+    curves = [['model', 'method', 'removed', 'most_first', 'least_first']]
+    for name, method, p in rows:
+        for values in zip(p.removed, p.most, p.least, strict=True):
+            curves.append([name, method, *(f'{v:.4f}' for v in values)])
+    write_csv(path, curves)
     print(f'The curves are in {path}')
 
 

@@ -3,7 +3,10 @@
 
 import argparse
 
-from spvit_mm_cli import ArgumentParser, add_cfg_options, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, number, start
+
+# Of which a PNG can be drawn, 242 pixels a row.
+MOST_PICTURES = 250
 
 
 def colour(mask, palette):
@@ -21,7 +24,10 @@ def parse_args(argv: list) -> argparse.Namespace:
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument('--out', default='segmentation.png', help='the PNG to write')
     parser.add_argument(
-        '--number', type=int, default=6, help='how many images (default: 6)'
+        '--number',
+        type=number(1, MOST_PICTURES),
+        default=6,
+        help='how many images (default: 6)',
     )
     add_cfg_options(parser)
     args = parser.parse_args(argv)
@@ -36,17 +42,32 @@ def main(argv: list) -> None:
     from mmengine.dataset import pseudo_collate
     from mmengine.registry import DATASETS
 
-    from spvit_mm.apis import building, load_config, load_trained_model, scope_of
+    from spvit_mm.apis import (
+        building,
+        check_entries,
+        load_config,
+        load_trained_model,
+        scope_of,
+    )
     from spvit_mm.datasets import checks
-    from spvit_mm.utils import UserError, new_figure, prepare_picture
+    from spvit_mm.utils import (
+        UserError,
+        check_new_picture,
+        first_not_finite,
+        new_figure,
+        save_figure,
+        with_progress,
+    )
 
     args = parse_args(argv)
-    if args.number < 1:
-        raise UserError(f'--number must be at least 1, got {args.number}.')
-    out = prepare_picture(args.out)
+    out = check_new_picture(args.out)
     cfg = load_config(args.config, args.cfg_options)
     if scope_of(cfg) != 'mmseg':
-        raise UserError(f'{args.config} is of the scope {scope_of(cfg)}, not mmseg.')
+        raise UserError(
+            f'{args.config} is a config of {scope_of(cfg)}; this command takes a '
+            'segmentor, whose default_scope is mmseg.'
+        )
+    check_entries(cfg, ('model', 'test_dataloader'))
     model, _ = load_trained_model(cfg, args.checkpoint)
     settings = cfg.test_dataloader.dataset
     with building('The test data set'), checks.naming_empty_data(settings, 'test'):
@@ -54,15 +75,20 @@ def main(argv: list) -> None:
     checks.check_dataset(dataset, 'test')
     checks.guard_files(dataset, model.decode_head.num_classes)
 
-    number = min(args.number, len(dataset))
+    count = min(args.number, len(dataset))
     palette = dataset.metainfo['palette']
-    figure = new_figure(9, 2.2 * number)
-    axes = figure.subplots(number, 3, squeeze=False)
-    chosen = np.linspace(0, len(dataset) - 1, number).astype(int)
-    for row, i in zip(axes, chosen.tolist(), strict=True):
+    figure = new_figure(9, 2.2 * count)
+    axes = figure.subplots(count, 3, squeeze=False)
+    chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
+    for row, i in with_progress([*zip(axes, chosen.tolist(), strict=True)]):
         data = dataset[i]
         with torch.no_grad():
             sample = model.test_step(pseudo_collate([data]))[0]
+        if first_not_finite([('logits', sample.seg_logits.data)]):
+            raise UserError(
+                f'The prediction for {sample.img_path} holds nan or infinity. Check '
+                'the file, and mean and std of data_preprocessor.'
+            )
         predicted = sample.pred_sem_seg.data[0].cpu().numpy()
         truth = sample.gt_sem_seg.data[0].cpu().numpy()
         row[0].imshow(mmcv.imread(sample.img_path, channel_order='rgb'))
@@ -74,7 +100,7 @@ def main(argv: list) -> None:
         axes[0], ('image', 'ground truth', 'prediction'), strict=True
     ):
         axis.set_title(title)
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, dpi=110)
     print(f'Wrote {out}')
 
 
