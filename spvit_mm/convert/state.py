@@ -47,6 +47,11 @@ def pick_state_dict(content, weights='auto'):
                 f'`{entry}` must hold tensors alone, but {key!r} is a '
                 f'{type(value).__name__}.'
             )
+        if value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(
+                f'{key!r} of `{entry}` is sparse or quantized. Save it as '
+                'tensor.to_dense() or tensor.dequantize().'
+            )
         clean[key.removeprefix('module.')] = value.detach()
     return clean, entry
 

@@ -139,6 +139,13 @@ def check_state(state, backbone, head, pos_extra):
             for key, value in expected.items()
             if key in state and state[key].shape != value.shape
         ],
+        'are no floating-point numbers': [
+            f'{key}: {state[key].dtype}'
+            for key, value in expected.items()
+            if key in state
+            and value.is_floating_point()
+            and not state[key].is_floating_point()
+        ],
     }
     if not any(problems.values()):
         return

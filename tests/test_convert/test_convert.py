@@ -747,6 +747,19 @@ def test_keys_without_a_place_are_listed(key):
     assert key in str(error.value)
 
 
+def test_what_holds_no_numbers_of_a_model_is_refused():
+    spec = SMALL['deit']
+    state = as_saved(make_state(spec))
+    whole = {**state, 'norm.bias': state['norm.bias'].int()}
+    with pytest.raises(CheckpointError, match=r'floating.*\n  norm.bias: torch.int32$'):
+        convert(whole, spec)
+    weight = state['head.weight']
+    packed = torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
+    for value in (weight.to_sparse(), packed):
+        with pytest.raises(CheckpointError, match="'head.weight'.*sparse or quantized"):
+            convert({**state, 'head.weight': value}, spec)
+
+
 def test_every_missing_key_and_odd_shape_is_listed():
     spec = SMALL['spvit']
     state = as_saved(make_state(spec))
