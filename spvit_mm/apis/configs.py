@@ -13,6 +13,7 @@ from mmengine.runner.checkpoint import load_state_dict
 
 from ..engine.hooks.load_report import reporting_loads
 from ..utils import (
+    CheckpointError,
     UserError,
     check_checkpoint_file,
     describe_error,
@@ -176,7 +177,20 @@ def load_whole(model: torch.nn.Module, checkpoint: str) -> dict:
         raise
     except ValueError as error:  # a model refuses what it knows, such as a deploy form
         raise UserError(f'{checkpoint} does not fit this model: {error}') from error
-    name = first_not_finite(model.state_dict().items())
-    if name is not None:
-        raise UserError(f'{checkpoint} holds nan or infinity, first in {name}.')
+    check_finite(model, checkpoint)
     return loaded
+
+
+def check_finite(model: torch.nn.Module, checkpoint: str) -> None:
+    """Raise a CheckpointError, which names the first, for weights that are no numbers.
+
+    Args:
+        model (nn.Module): A model that ``checkpoint`` was loaded into.
+        checkpoint (str): Its path, for the message.
+    """
+    name = first_not_finite(model.state_dict().items())
+    if name:
+        raise CheckpointError(
+            f'{checkpoint} holds nan or infinity, first in {name}: the training that '
+            'wrote it diverged. Take an earlier checkpoint.'
+        )
