@@ -529,6 +529,12 @@ CASES = [
         tool=f'{LABEL} data/train maps',
     ),
     Case(
+        'a teacher with nan in its weights',
+        'weights.pth holds nan or infinity, first in backbone.layers.0.attn.prior.w1',
+        prepare=nan_weights,
+        tool=f'{LABEL} data/train maps',
+    ),
+    Case(
         'a teacher of another number of classes',
         'The teacher knows 3 classes, but',
         prepare=lambda project: (good_weights(project), classes('n', 'abcd')(project)),
