@@ -7,8 +7,10 @@ that comes first, then one for each patch of the grid (H, W), row by row.
 import math
 
 import torch
+import torch.nn.functional as F
 from mmpretrain.models.utils import resize_pos_embed
 
+from ..ops.compat import is_free
 from ..utils import CheckpointError
 from .priors import SpatialPrior
 from .priors.base import COORDS_OF_A_GRID
@@ -83,6 +85,29 @@ def split_pos_embed(pos_embed, grid):
     if length == num_patches:
         return None, pos_embed
     return pos_embed[:, :1], pos_embed[:, 1:]
+
+
+def patch_entries(pos_embed, grid, hw, mode, num_extra_tokens):
+    """The entries of the patches, resized to another grid where that is another.
+
+    Args:
+        pos_embed (Tensor): (1, num_extra_tokens + H * W, C).
+        grid (Tuple[int, int]): Its grid (H, W).
+        hw (Tuple[int, int]): The other grid (H', W').
+        mode (str): 'bicubic' or 'bilinear'.
+        num_extra_tokens (int): Entries in front of the patches'.
+
+    Returns:
+        Tensor: (1, H' * W', C).
+    """
+    if not is_free(hw):
+        resized = resize_pos_embed(pos_embed, grid, hw, mode, num_extra_tokens)
+        return resized[:, num_extra_tokens:]
+    # Resized in any case, since the grids cannot be compared; to its own grid this
+    # changes nothing.
+    entries = pos_embed[:, num_extra_tokens:].unflatten(1, grid).permute(0, 3, 1, 2)
+    resized = F.interpolate(entries.float(), hw, mode=mode).to(entries.dtype)
+    return resized.flatten(2).transpose(1, 2)
 
 
 def fit_pos_embed(pos_embed, grid, own_grid, with_cls_entry, mode='bicubic'):

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from mmpretrain.registry import MODELS
 
 from ..ops import expand_prior
-from ..ops.compat import compute_dtype, no_autocast
+from ..ops.compat import compute_dtype, is_free, no_autocast
+from ..ops.prior import all_offsets
 from .attention import GridAttention
 from .checks import check_choice
 from .priors import relative_offsets
@@ -151,7 +152,6 @@ class GatedPositionalAttention(GridAttention):
 
     def mix(self, scores, hw_shape, rescale=None):
         """A_h (B, heads, T, T) of the scaled content scores (B, heads, T, T)."""
-        hw_shape = _numbers(hw_shape)
         with no_autocast(scores.device):
             dtype = compute_dtype(scores.dtype)
             content = scores.to(dtype).softmax(dim=-1)
@@ -232,7 +232,6 @@ class RelativePositionAttention(GridAttention):
 
     def position_scores(self, q, hw_shape, rescale=None):
         """What is added to the scaled scores, (B or 1, heads, T, T)."""
-        hw_shape = _numbers(hw_shape)
         table = resize_table(self.table, hw_shape, self.coords, rescale)
         extra = self.num_extra_tokens
         if self.mode == 'bias':
@@ -240,11 +239,6 @@ class RelativePositionAttention(GridAttention):
         else:
             scores = relative_scores(q[:, :, extra:] * self.scale, table, hw_shape)
         return F.pad(scores, (extra, 0, extra, 0))
-
-
-def _numbers(hw):
-    """The grid as numbers in a trace, too: torch < 2.5 writes no windows of another."""
-    return int(hw[0]), int(hw[1])
 
 
 def relative_scores(q, table, hw):
@@ -259,6 +253,11 @@ def relative_scores(q, table, hw):
         Tensor: (B, heads, N, N).
     """
     height, width = hw
+    if is_free(hw):  # no windows and no loop: q_i . R[r] of all offsets r
+        scores = (q @ table.flatten(2)).unflatten(3, table_size(hw))
+        dy, dx = all_offsets(hw, q.device)
+        query = torch.arange(dy.shape[0], device=q.device)[:, None]
+        return scores[:, :, query, dy, dx]
     # (heads, d, 2H-1, x_i, x_j): the table at x_j - x_i
     columns = table.unfold(3, width, 1).flip(3)
     scores = torch.einsum('bhyxd,hdaxu->bhyxau', q.unflatten(2, hw), columns)

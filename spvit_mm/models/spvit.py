@@ -11,7 +11,7 @@ from mmengine.model import ModuleList
 from mmengine.model.weight_init import trunc_normal_
 from mmengine.registry import DefaultScope
 from mmpretrain.models.backbones import VisionTransformer
-from mmpretrain.models.utils import build_norm_layer, resize_pos_embed
+from mmpretrain.models.utils import build_norm_layer
 from mmpretrain.registry import MODELS
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +30,7 @@ from .deploy import check_folded, check_grid, fold_priors
 from .embed import build_stem
 from .freezing import check_freezing, freeze
 from .layer import SPViTLayer
-from .position import draw_rescale, fit_state_dict
+from .position import draw_rescale, fit_state_dict, patch_entries
 
 # In a state dict, of ``SpatialPriorAttention(masked=True)``.
 MASK_NAME = r'layers\.(\d+)\.attn\.kept$'
@@ -177,6 +177,9 @@ class SPViT(VisionTransformer):
     INTERPOLATE_MODES = ('bilinear', 'bicubic')
     SHARE_MODES = ('none', 'heads', 'network')
     STARTS = ('mmpretrain', 'released')
+    # Whether a trace takes the grid of each image and not that of its example; set by
+    # an export with free height and width.
+    free_grid = False
     # Of what neither the arch nor an argument says.
     DEFAULTS = dict(
         stem='patch',
@@ -515,11 +518,17 @@ class SPViT(VisionTransformer):
             their grid (H, W), without any class token.
         """
         x, hw = self.patch_embed(x)
-        if torch.jit.is_tracing():
-            # A trace is of one grid; torch 2.1 can export nothing else.
+        if torch.jit.is_tracing() and not self.free_grid:
+            # A trace is of the grid of its example, unless an export wants more.
             hw = tuple(int(side) for side in hw)
         if self.pos_embed is not None:
-            x = x + self._resized_pos_embed(hw)[:, self.num_pos_extra_tokens :]
+            x = x + patch_entries(
+                self.pos_embed,
+                self.patch_resolution,
+                hw,
+                self.interpolate_mode,
+                self.num_pos_extra_tokens,
+            )
         return x, hw
 
     def forward_layers(self, x, hw):
@@ -548,15 +557,6 @@ class SPViT(VisionTransformer):
             if len(outs) == num_outs:
                 break  # what follows would be thrown away
         return tuple(outs)
-
-    def _resized_pos_embed(self, hw):
-        return resize_pos_embed(
-            self.pos_embed,
-            self.patch_resolution,
-            hw,
-            mode=self.interpolate_mode,
-            num_extra_tokens=self.num_pos_extra_tokens,
-        )
 
     def _join_cls_token(self, x):
         cls_token = self.cls_token

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked import chunked_attention
-from .compat import is_compiling
+from .compat import is_compiling, is_traced
 from .eager import eager_attention, sdpa_attention
 from .flex import flex_prior_attention, flex_works, why_not_flex
 from .local import local_attention, local_cost
@@ -23,11 +23,6 @@ ATTN_IMPLS = ('auto', 'eager', 'chunked', 'local', 'sdpa', 'flex')
 SDPA_BYTES = 1 << 21
 # On the CPU 'auto' takes 'local' where it costs up to this part of all pairs.
 LOCAL_SHARE = 0.6
-
-
-def _traced() -> bool:
-    """Whether the operations are being recorded instead of (only) run."""
-    return is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
 
 
 def _autocast_dtype(device: str) -> Optional[torch.dtype]:
@@ -92,7 +87,9 @@ def _check(q, k, v, tables, hw, extra, dropout_p, attn_impl) -> None:
             )
     if 'keep' in tables:
         # Looking at the values of another device would wait for it at every call.
-        check_keep(tables['keep'], hw, values=q.device.type == 'cpu' and not _traced())
+        check_keep(
+            tables['keep'], hw, values=q.device.type == 'cpu' and not is_traced()
+        )
 
 
 def _choose(q, v, tables, hw, dtype, needs_grad: bool, dropout_p: float) -> str:
@@ -101,7 +98,7 @@ def _choose(q, v, tables, hw, dtype, needs_grad: bool, dropout_p: float) -> str:
     ``dtype`` is that of the scores, autocast's included.
     """
     all_pairs = _choose_all_pairs(tables, dtype)
-    if _traced():
+    if is_traced():
         return all_pairs
     if q.device.type == 'cuda' and why_not_flex(q, v, needs_grad, dropout_p) is None:
         return 'flex'
@@ -206,9 +203,8 @@ def spatial_prior_attention(
     tables = {'prior': prior, 'bias': bias, 'keep': keep}
     tables = {name: table for name, table in tables.items() if table is not None}
     if torch.jit.is_tracing():
-        # Of one grid, to which the tables belong; only the batch stays free. (No
-        # check: a trace warns of comparisons.)
-        *hw, head_dim = _constants(*hw, head_dim)
+        # No check: a trace warns of comparisons.
+        (head_dim,) = _constants(head_dim)
     else:
         _check(q, k, v, tables, hw, num_extra_tokens, dropout_p, attn_impl)
     if scale is None:
@@ -244,7 +240,7 @@ def spatial_prior_attention(
         )
     # A trace of the blocks would be a long graph of a fixed plan; torch 2.1 cannot export
     # its own attention to ONNX with a scale.
-    if (kernel in ('chunked', 'local') and _traced()) or (
+    if (kernel in ('chunked', 'local') and is_traced()) or (
         kernel == 'sdpa' and torch.jit.is_tracing()
     ):
         kernel = 'eager'
@@ -267,4 +263,4 @@ def spatial_prior_attention(
             return chunked_attention(*inputs)
         if kernel == 'sdpa':
             return sdpa_attention(*inputs)
-        return eager_attention(*inputs, in_place=not (needs_grad or _traced()))
+        return eager_attention(*inputs, in_place=not (needs_grad or is_traced()))

@@ -10,6 +10,19 @@ except AttributeError:  # torch < 2.3
     is_compiling = torch._dynamo.is_compiling
 
 
+def is_free(hw: tuple) -> bool:
+    """Whether the sides of a grid are left open, as symbols of an exporter.
+
+    Such a side is no number: comparing it would fix it.
+    """
+    return not all(isinstance(side, int) for side in hw)
+
+
+def is_traced() -> bool:
+    """Whether the operations are being recorded instead of (only) run."""
+    return is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute priors, scores and softmax in: float32 at least.
 

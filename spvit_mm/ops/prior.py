@@ -31,7 +31,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .compat import compute_dtype
+from .compat import compute_dtype, is_free
 
 
 def check_table(table: Tensor, hw: tuple[int, int], name: str = 'table') -> None:
@@ -122,9 +122,24 @@ def expand_prior(table: Tensor, hw: tuple[int, int]) -> Tensor:
 def expand_pairs(table: Tensor, hw: tuple[int, int]) -> Tensor:
     """:func:`expand_prior` for a table that was checked."""
     height, width = hw
-    pairs = table.unfold(1, height, 1).unfold(2, width, 1)  # (heads, H, W, H, W)
     tokens = height * width
+    if is_free(hw):  # there are no windows of a side that is not known
+        dy, dx = all_offsets(hw, table.device)
+        return table[:, dy, dx]
+    pairs = table.unfold(1, height, 1).unfold(2, width, 1)  # (heads, H, W, H, W)
     return pairs.flip(1, 2).reshape(-1, tokens, tokens)
+
+
+def all_offsets(hw: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column where a table holds the value of each pair, both (N, N).
+
+    As :func:`pair_offsets` of all grid tokens, without a remainder, of which ONNX has
+    none for a width that is not known.
+    """
+    height, width = hw
+    y = torch.arange(height, device=device)[:, None].expand(hw).flatten()
+    x = torch.arange(width, device=device).expand(hw).flatten()
+    return y - y[:, None] + (height - 1), x - x[:, None] + (width - 1)
 
 
 def expand_columns(table: Tensor, hw: tuple[int, int]) -> Tensor:

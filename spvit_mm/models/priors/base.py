@@ -14,7 +14,7 @@ import torch
 from mmengine.model import BaseModule
 
 from ...ops import expand_prior
-from ...ops.compat import is_compiling, no_autocast
+from ...ops.compat import is_traced, no_autocast
 from ...utils import CheckpointError
 from ..checks import check_choice, check_int
 
@@ -52,7 +52,7 @@ def relative_offsets(hw, device='cpu'):
     height, width = hw
     if height < 1 or width < 1:
         raise ValueError(f'`hw` must be a grid of at least 1 x 1 patches, got {hw}.')
-    if is_compiling():
+    if is_traced():
         # A compiled graph folds them itself, and must hold no tensor of ours.
         return _make_offsets((height, width), device)
     # A copy: whoever writes to it changes no other prior of this grid.
@@ -84,7 +84,8 @@ def place_offsets(offsets, hw, train_grid, coords):
     # x belongs to the width, so the grid is read in reverse order.
     train_grid = train_grid.flip(0).to(offsets)
     if coords == 'scaled':
-        return offsets * (train_grid / offsets.new_tensor((hw[1], hw[0])))
+        sides = torch.stack([offsets.new_full((), side) for side in (hw[1], hw[0])])
+        return offsets * (train_grid / sides)
     far = train_grid - 1
     if coords == 'clamped':
         return torch.maximum(torch.minimum(offsets, far), -far)

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from mmpretrain.registry import MODELS
 
-from ...ops.compat import compute_dtype
+from ...ops.compat import compute_dtype, is_free
 from ..checks import check_choice, check_flags
 from .base import SpatialPrior, place_offsets, relative_offsets
 
@@ -274,7 +274,8 @@ def resize_table(table, hw, coords='scaled', rescale=None):
         Tensor: (.., 2H'-1, 2W'-1); ``table`` itself where the grid is its own and
         nothing is rescaled.
     """
-    if rescale is None and tuple(table.shape[-2:]) == table_size(hw):
+    own = not is_free(hw) and tuple(table.shape[-2:]) == table_size(hw)
+    if own and rescale is None:
         return table
     dtype = compute_dtype(table.dtype)
     offsets = relative_offsets(hw, table.device).to(dtype)
