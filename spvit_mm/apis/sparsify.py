@@ -18,12 +18,14 @@ from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from spvit_mm_cli import parse_train_args
+
 from ..models import SpatialPriorAttention
-from ..utils import UserError, unwrap_model
+from ..utils import UserError, unwrap_model, with_progress
 from .cli import building
 from .configs import build_model, scope_of
 from .samples import load_samples
-from .train import build_trainer, merge_train_args, parse_train_args
+from .train import build_trainer, merge_train_args
 
 # What a config's evaluator says in one number, if it says one of these.
 METRICS = ('accuracy/top1', 'mIoU')
@@ -118,7 +120,7 @@ def evaluate(model: nn.Module, loader: DataLoader, evaluator) -> tuple[str, floa
     evaluator.dataset_meta = getattr(loader.dataset, 'metainfo', None)
     model.eval()
     with quiet():
-        for batch in loader:
+        for batch in with_progress(loader):
             evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
         found = evaluator.evaluate(len(loader.dataset))
     name = next((name for name in METRICS if name in found), next(iter(found)))

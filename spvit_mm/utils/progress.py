@@ -5,14 +5,15 @@ import sys
 from mmengine.utils import track_iter_progress
 
 
-def with_progress(items):
+def with_progress(items, count=None):
     """The items of a loop, with a bar on stderr that says how long it still takes.
 
     Args:
-        items (Sequence | DataLoader): What has a length; a single item has no bar.
+        items (Iterable): What is looped over; a single item has no bar.
+        count (int, optional): How many they are. Defaults to None: their length.
 
     Returns:
         Iterable: The items.
     """
-    count = len(items)
+    count = len(items) if count is None else count
     return track_iter_progress((items, count), file=sys.stderr) if count > 1 else items

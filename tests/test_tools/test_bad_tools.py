@@ -329,11 +329,6 @@ CASES = [
         'is no image classifier, which this command takes: it has no head.',
     ),
     Case(
-        'a segmentor to binarise',
-        f'{BINARIZE} {{scenes}} {{scenes.pth}} --out {{new}}/a.png',
-        'is no image classifier, which this command takes: it has no head.',
-    ),
-    Case(
         'a model without priors to draw them of',
         f'{SHOW_PRIORS} {{plain}} {{plain.pth}} --out {{new}}/a.png',
         'has no spatial prior: no SP-SA layer (is `num_spsa_layers` 0 in its config?)',

@@ -155,6 +155,7 @@ def finetune(model, loader, settings, args):
     from mmengine.runner import set_random_seed
 
     from spvit_mm.apis import sparsify as api
+    from spvit_mm.utils import with_progress
 
     settings = deepcopy(settings)
     settings.optimizer.lr *= args.lr_factor
@@ -164,7 +165,7 @@ def finetune(model, loader, settings, args):
     model.train()
     for _ in range(args.finetune):
         # An InfiniteSampler has no end.
-        for batch in islice(loader, len(loader)):
+        for batch in with_progress(islice(loader, len(loader)), len(loader)):
             model.train_step(batch, wrapper)
 
 
