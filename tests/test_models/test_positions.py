@@ -583,6 +583,33 @@ def test_onnx(tmp_path):
     check_each(torch.from_numpy(found), expected)
 
 
+# 1:2, 2:1, the grid of the training, one row, and no multiple of a patch
+SIZES = [(16, 32), (32, 16), (16, 24), (8, 40), (27, 33)]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_a_trace_takes_any_size():
+    """As torch's older exporter to ONNX records a model."""
+    model = export.prepare(Layers(), IMAGES[2:], dynamic_size=True)
+    traced = torch.jit.trace(model, torch.randn(IMAGES), check_trace=False)
+    for size in SIZES:
+        images = torch.randn(3, 3, *size)
+        check_each(traced(images), model(images))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_of_any_size(tmp_path):
+    model = export.prepare(Layers(), IMAGES[2:], dynamic_size=True)
+    path = str(tmp_path / 'model.onnx')
+    export.save_onnx(model, path, torch.randn(IMAGES), dynamic_size=True)
+    run = export.open_file(path)
+    for size in SIZES:
+        images = torch.randn(2, 3, *size)
+        check_each(run(images), model(images))
+
+
 # ----------------------------------------------------------- weight decay, bad input
 
 

@@ -7,7 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from mmcv.cnn.bricks.transformer import AdaptivePadding
 from mmengine.model import revert_sync_batchnorm
+from torch import nn
 
 from spvit_mm.apis import build_model, export, load_config, load_trained_model
 from spvit_mm.utils import UserError, whole_file
@@ -215,6 +217,151 @@ def test_onnx_of_other_models(tmp_path, text):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
+# An attention of each kind that asks for the grid.
+ANY_GRID = CONFIG.replace(
+    'with_peg=True,',
+    """
+        num_spsa_layers=3, cls_token_layer=1, layer_cfgs=[
+            dict(attn_cfg=dict(
+                type='SpatialPriorAttention', combine='both',
+                prior=dict(type='TableSpatialPrior'))),
+            dict(attn_cfg=dict(
+                type='SpatialPriorAttention', combine='add',
+                prior=dict(type='LookHereSpatialPrior', views=('right', 'up')))),
+            dict(attn_cfg=dict(type='RelativePositionAttention', mode='embedding'))],""",
+)
+UPERNET = """
+default_scope = 'mmseg'
+custom_imports = dict(imports=['spvit_mm'])
+model = dict(
+    type='EncoderDecoder', train_cfg=dict(), test_cfg=dict(mode='whole'),
+    backbone=dict(
+        type='mmpretrain.SPViT', img_size=32, patch_size=8, out_type='featmap',
+        out_indices=(0, 1, 2, 3), num_spsa_layers=1,
+        prior=dict(type='MLPSpatialPrior', coords='clamped'),
+        arch=dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=32)),
+    neck=dict(
+        type='Feature2Pyramid', embed_dim=32, rescales=[4, 2, 1, 0.5],
+        norm_cfg=dict(type='SyncBN')),
+    decode_head=dict(
+        type='UPerHead', in_channels=[32] * 4, in_index=[0, 1, 2, 3], channels=8,
+        pool_scales=(1, 2, 3), num_classes=5, norm_cfg=dict(type='SyncBN')))
+"""
+
+
+@pytest.mark.parametrize(
+    ('text', 'options', 'batches'),
+    [
+        (ANY_GRID, ['--dynamic-batch'], (1, 3)),
+        (SEGMENTOR, [], (1,)),
+        pytest.param(UPERNET, [], (1,), marks=pytest.mark.slow),
+    ],
+)
+def test_onnx_of_any_size(tmp_path, capsys, text, options, batches):
+    config, checkpoint, model = save_random(tmp_path, text)
+    out = tmp_path / 'tiny.onnx'
+    command(EXPORT, config, checkpoint, out, '--dynamic-size', *options)
+    printed = capsys.readouterr().out
+    assert printed.count('top-1 the same') == 4 * len(batches)
+    assert 'any height x any width' in printed
+    assert 'largest difference' in printed
+    model = revert_sync_batchnorm(model)
+    for size in [(24, 48), (48, 24), (32, 32), (33, 71)]:
+        for batch in batches:
+            images = torch.randn(batch, 3, *size)
+            expected = logits(model, images).numpy()
+            assert np.abs(expected).max() > 0.1
+            found = run_onnx(out, images)
+            np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not export.HAS_FREE_SIZES, reason='torch < 2.7: refused')
+def test_program_of_any_size(tmp_path):
+    config, checkpoint, model = save_random(tmp_path, ANY_GRID)
+    out = tmp_path / 'tiny.pt2'
+    command(EXPORT, config, checkpoint, out, '--dynamic-size')
+    run = export.open_file(str(out))
+    for size in [(24, 48), (48, 24), (32, 32), (33, 71)]:
+        images = torch.randn(1, 3, *size)
+        torch.testing.assert_close(run(images), logits(model, images))
+
+
+def test_one_grid_is_not_any_size(trained, tmp_path, capsys):
+    config, checkpoint, _ = trained
+    deployed = tmp_path / 'deployed.pth'
+    command(REPARAMETERIZE, config, checkpoint, deployed)
+    options = ('--dynamic-size', '--cfg-options', 'model.backbone.deploy=True')
+    line = fails(capsys, EXPORT, config, deployed, tmp_path / 'a.onnx', *options)
+    assert 'deploy form' in line
+    assert '--dynamic-size' in line
+    assert not (tmp_path / 'a.onnx').exists()
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize(
+    'module',
+    [
+        *(export.FreePooling(nn.AdaptiveAvgPool2d(n)) for n in (1, 2, (3, 6))),
+        export.FreePadding(AdaptivePadding((8, 4), (8, 4))),
+    ],
+)
+def test_what_asks_for_a_size_is_replaced(module):
+    (original,) = module.children()
+    traced = torch.jit.trace(module, torch.randn(2, 3, 13, 9), check_trace=False)
+    for size in [(13, 9), (6, 12), (8, 8), (17, 4), (5, 3)]:
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(traced(x), original(x))
+        assert torch.equal(module(x), original(x))
+
+
+class Singular(nn.Module):
+    """No operator of ONNX computes it."""
+
+    def forward(self, images):
+        return torch.linalg.svd(images)[1]
+
+
+class Half(nn.Module):
+    def forward(self, images):
+        return images + images[:, :, : images.shape[2] // 2].mean()
+
+
+def test_the_operator_that_cannot_be_exported_is_named(tmp_path):
+    images = torch.randn(2, 3, 8, 10)
+    with pytest.raises(UserError, match='operator aten.*svd'):
+        export.save_onnx(Singular().eval(), str(tmp_path / 'a.onnx'), images)
+
+
+@pytest.mark.skipif(not export.HAS_EXPORT, reason='torch < 2.5 writes no .pt2')
+def test_an_image_that_the_file_cannot_take(tmp_path):
+    path = str(tmp_path / 'a.pt2')
+    export.save_program(Half(), path, torch.randn(2, 3, 8, 10))
+    with pytest.raises(UserError, match=r'\(2, 3, 9, 10\)'):
+        export.open_file(path)(torch.randn(2, 3, 9, 10))
+
+
+def test_a_model_that_computes_no_numbers(trained, tmp_path, capsys):
+    config, _, model = trained
+    state = {**model.state_dict()}
+    name = 'backbone.layers.1.ffn.layers.1.weight'
+    state[name] = torch.full_like(state[name], 1e38)
+    torch.save(state, tmp_path / 'large.pth')
+    out = tmp_path / 'a.onnx'
+    line = fails(capsys, EXPORT, config, tmp_path / 'large.pth', out)
+    assert 'nan or infinity' in line
+    assert 'first in the output of backbone.layers.' in line
+    assert not out.exists()
+
+
+def test_images_smaller_than_a_patch(trained, tmp_path, capsys):
+    config, checkpoint, _ = trained
+    common = (config, checkpoint, tmp_path / 'a.onnx')
+    line = fails(capsys, EXPORT, *common, '--shape', 7, 32)
+    assert '7 x 32 pixels are smaller than a patch of the model, 8 x 8' in line
+    assert 'two positive numbers' in fails(capsys, EXPORT, *common, '--shape', 0)
+
+
 def test_a_difference_in_the_top_class_shows():
     ours = torch.tensor([[1.0, 2.0, 0.0], [5.0, 0.0, 4.0]])
     same = export.Difference(ours, ours + 1e-3)
@@ -270,11 +417,14 @@ def test_missing_packages_are_named(trained, tmp_path, capsys, monkeypatch):
     assert 'torch >= 2.5' in line
 
 
-def test_a_file_that_differs_is_not_kept(trained, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize('error', [1e-3, float('nan')])
+def test_a_file_that_differs_is_not_kept(trained, tmp_path, capsys, monkeypatch, error):
     config, checkpoint, _ = trained
     out = tmp_path / 'a.onnx'
-    run = export.run_file
-    monkeypatch.setattr(export, 'run_file', lambda *args: run(*args) + 1e-3)
+    opened = export.open_file
+    monkeypatch.setattr(
+        export, 'open_file', lambda path: lambda x: opened(path)(x) + error
+    )
     assert 'differs from the model' in fails(capsys, EXPORT, config, checkpoint, out)
     assert list(tmp_path.iterdir()) == []
 

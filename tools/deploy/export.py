@@ -5,6 +5,8 @@ The file takes normalised images and gives logits. It is compared with the model
 it gets its name.
 """
 
+from itertools import product
+
 import torch
 
 from spvit_mm.apis import (
@@ -45,6 +47,14 @@ def main(argv: list) -> None:
         '--dynamic-batch', action='store_true', help='any number of images'
     )
     parser.add_argument(
+        '--dynamic-size',
+        action='store_true',
+        help='images of any height and width, of at least 2 x 2 patches; as in training, '
+        'they are padded on the right and at the bottom to whole patches. The priors and '
+        'the position embedding are computed from the size, not folded into constants '
+        '(default: images of one size)',
+    )
+    parser.add_argument(
         '--opset', type=int, default=export.OPSET, help='of ONNX (default: %(default)s)'
     )
     parser.add_argument(
@@ -60,34 +70,44 @@ def main(argv: list) -> None:
     if args.dynamic_batch and args.batch != 1:
         raise UserError('Give --batch or --dynamic-batch, not both.')
     model, _ = load_trained_model(cfg, args.checkpoint)
-    ready = export.prepare(model, shape)
+    ready = export.prepare(model, shape, args.dynamic_size)
+    sizes = export.sizes_to_compare(shape) if args.dynamic_size else [shape]
 
     # With one image as its example, torch.export takes 1 for a constant.
-    images = torch.randn(2 if args.dynamic_batch else args.batch, 3, *shape)
+    images = torch.randn(2 if args.dynamic_batch else args.batch, 3, *sizes[-1])
+    export.check_finite(ready, images)
+    free = dict(dynamic_batch=args.dynamic_batch, dynamic_size=args.dynamic_size)
+    batches = (1, 3) if args.dynamic_batch else (args.batch,)
+    differences = []
     with whole_file(out) as partial:
         if out.endswith('.onnx'):
-            export.save_onnx(ready, partial, images, args.dynamic_batch, args.opset)
+            export.save_onnx(ready, partial, images, opset=args.opset, **free)
         else:
-            export.save_program(ready, partial, images, args.dynamic_batch)
-        for batch in (1, 3) if args.dynamic_batch else (args.batch,):
-            images = torch.randn(batch, 3, *shape)
-            found = export.run_file(partial, images)
-            if found is None:
-                print('Not compared with the model: onnxruntime is not installed.')
-                break
+            export.save_program(ready, partial, images, **free)
+        run = export.open_file(partial)
+        if run is None:
+            print('Not compared with the model: onnxruntime is not installed.')
+        for batch, size in product(batches, sizes) if run else ():
+            images = torch.randn(batch, 3, *size)
             with torch.no_grad():
-                difference = export.Difference(ready(images), found)
+                difference = export.Difference(ready(images), run(images))
             print(
-                f'Batch {batch}: logits differ by at most {difference.largest:.1e}, '
+                f'Batch {batch}, {size[0]} x {size[1]}: logits differ by at most '
+                f'{difference.largest:.1e}, '
                 f'top-1 {"the same" if difference.same_top1 else "differs"}.'
             )
-            if not difference.same_top1 or difference.largest > TOLERANCE:
+            differences.append(difference.largest)
+            # Not "above", which nan is not.
+            if not difference.same_top1 or not difference.largest <= TOLERANCE:
                 raise UserError(
                     f'The file differs from the model by more than {TOLERANCE}; it was '
                     'not kept. Try another --opset, or the other format.'
                 )
     batch = 'any number of' if args.dynamic_batch else args.batch
-    print(f'Wrote {out}: {batch} images of 3 x {shape[0]} x {shape[1]} to logits.')
+    side = 'any height x any width' if args.dynamic_size else f'{shape[0]} x {shape[1]}'
+    print(f'Wrote {out}: {batch} images of 3 x {side} to logits.')
+    if differences:
+        print(f'The largest difference from the model is {max(differences):.1e}.')
     preprocessor = getattr(model, 'data_preprocessor', None)
     if getattr(preprocessor, '_enable_normalize', False):
         mean, std = (
