@@ -263,7 +263,11 @@ model = dict(
 
 @pytest.mark.parametrize(
     ('text', 'options', 'batches'),
-    [(ANY_GRID, ['--dynamic-batch'], (1, 3)), (UPERNET, [], (1,))],
+    [
+        (ANY_GRID, ['--dynamic-batch'], (1, 3)),
+        (SEGMENTOR, [], (1,)),
+        pytest.param(UPERNET, [], (1,), marks=pytest.mark.slow),
+    ],
 )
 def test_onnx_of_any_size(tmp_path, capsys, text, options, batches):
     config, checkpoint, model = save_random(tmp_path, text)
