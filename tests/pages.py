@@ -1,7 +1,7 @@
 """The code blocks of a page of the documentation, and running them as they stand.
 
 - A ``bash`` block is run, in order, all of a page in one shell.
-- A ``text`` block says what the ``bash`` block before it prints: each of its lines,
+- A ``text`` block right after a ``bash`` block says what that prints: each of its lines,
   where ``...`` stands for anything and spaces do not count. Of ``text measured``, the
   figures of one run on one machine, the first line alone.
 - A ``python`` block that begins with ``# NAME.py`` is that file, in the working folder.
@@ -77,14 +77,12 @@ def run_page(page: str, folder: Path, timeout: int = 3600) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
     printed = re.split(rf'^{MARK} (\d+)\n', done.stdout, flags=re.MULTILINE)[1:]
     printed = dict(zip(map(int, printed[::2]), printed[1::2], strict=True))
-    last = None
-    for i, block in enumerate(blocks):
-        if block.kind == 'bash':
-            last = i
-        elif block.kind.startswith('text'):
-            lines = block.text.splitlines()
-            for line in lines[:1] if 'measured' in block.kind else lines:
-                assert is_printed(line, printed[last]), f'{line}\n\n{printed[last]}'
+    for i, output in printed.items():
+        said = blocks[i + 1] if i + 1 < len(blocks) else Block('', '')
+        if said.kind.startswith('text'):
+            lines = said.text.splitlines()
+            for line in lines[:1] if 'measured' in said.kind else lines:
+                assert is_printed(line, output), f'{line}\n\n{output}'
 
 
 def is_printed(line: str, output: str) -> bool:

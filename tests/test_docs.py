@@ -1,5 +1,7 @@
 """The tutorials of docs/ do as they say."""
 
+from contextlib import nullcontext
+
 import mmcv
 import numpy as np
 import pytest
@@ -62,8 +64,7 @@ def test_a_tutorial_prints_what_it_says(page, prepare, tmp_path):
 @pytest.mark.parametrize('page', TUTORIALS)
 def test_a_tutorial_says_what_it_prints(page):
     kinds = [block.kind.split()[0] for block in read_blocks(f'docs/{page}.md')]
-    assert 'bash' in kinds
-    assert 'text' in kinds[kinds.index('bash') :]
+    assert ('bash', 'text') in zip(kinds, kinds[1:], strict=False)
 
 
 def test_lines_of_a_text_block():
@@ -76,3 +77,36 @@ def test_lines_of_a_text_block():
         assert is_printed(line, output)
     for line in ('accuracy/top1: 8...', 'Done (3)', 'Epoch(val) ... Done'):
         assert not is_printed(line, output)
+
+
+PAGE = """
+```bash
+echo a 1 b; A=3
+```
+```text
+a ... b
+```
+```text
+of nothing that was run
+```
+```bash
+echo $A
+```
+```text measured
+{line}
+not looked at
+```
+"""
+
+
+@pytest.mark.parametrize(('line', 'printed'), [('3', True), ('4', False)])
+def test_a_page_is_one_shell(line, printed, tmp_path):
+    (tmp_path / 'page.md').write_text(PAGE.replace('{line}', line))
+    with nullcontext() if printed else pytest.raises(AssertionError, match='^4\n\n3\n'):
+        run_page(tmp_path / 'page.md', tmp_path)
+
+
+def test_a_command_that_fails(tmp_path):
+    (tmp_path / 'page.md').write_text('```bash\necho before\nfalse\n```\n')
+    with pytest.raises(AssertionError, match='before'):
+        run_page(tmp_path / 'page.md', tmp_path)
