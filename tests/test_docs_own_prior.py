@@ -1,6 +1,5 @@
 """The code of docs/own_prior.md, run as it stands there."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -10,15 +9,15 @@ from mmpretrain.registry import MODELS
 
 from spvit_mm.apis import build_model, load_config
 from spvit_mm.utils import UserError
+from tests.pages import read_blocks
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / 'docs/own_prior.md'
 
 
 @pytest.fixture
 def blocks(tmp_path, monkeypatch):
     """The page's code; its file of priors and the configs are in the working folder."""
-    blocks = re.findall(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)
+    blocks = [block.text for block in read_blocks('docs/own_prior.md', 'python')]
     (tmp_path / 'my_priors.py').write_text(blocks[0])
     (tmp_path / 'configs').symlink_to(ROOT / 'configs')
     monkeypatch.chdir(tmp_path)

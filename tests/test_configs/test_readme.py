@@ -10,6 +10,7 @@ from mmpretrain.registry import MODELS
 
 from spvit_mm.apis import load_config
 from spvit_mm.utils import UserError
+from tests.pages import read_blocks
 
 from .small import ROOT
 
@@ -21,8 +22,7 @@ def example(tmp_path):
     """Reads the config in a document: the one code block with a word of it."""
 
     def read(document, word):
-        blocks = re.findall(r'```python\n(.*?)```', (ROOT / document).read_text(), re.S)
-        (text,) = (block for block in blocks if word in block)
+        (text,) = (x for _, x in read_blocks(document, 'python') if word in x)
         path = tmp_path / 'mine.py'
         path.write_text(text.replace("'configs/", f"'{ROOT}/configs/"))
         return Config.fromfile(path)
@@ -55,6 +55,16 @@ def test_readme_inherits_from_the_installed_package(example, tmp_path, monkeypat
     inherits.write_text("_base_ = 'spvit_mm::classification/any.py'")
     with pytest.raises(UserError, match=r'__import__\("spvit_mm"\).* in place of'):
         load_config(str(inherits))
+
+
+def test_a_config_of_mmsegmentation(example):
+    pytest.importorskip('mmseg.models')
+    cfg = example('docs/segmentation.md', 'upernet_vit')
+    with DefaultScope.overwrite_default_scope('mmseg'), torch.no_grad():
+        model = MODELS.build({**cfg.model, '_scope_': 'mmseg'}).eval()
+        logits = model(torch.rand(1, 3, 96, 64), mode='tensor')
+    assert type(model.backbone).__name__ == 'SPViT'
+    assert logits.shape == (1, 150, 24, 16)
 
 
 def test_segmentation_takes_other_classes(example):
