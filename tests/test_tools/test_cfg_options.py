@@ -26,7 +26,7 @@ def test_it_is_there(name, capsys):
     with pytest.raises(SystemExit):
         command(name, '--help')
     lines = capsys.readouterr().out.splitlines()
-    takes_config = any(line.startswith('  config ') for line in lines)
+    takes_config = any(line.startswith(('  config ', '  --config ')) for line in lines)
     assert any(line.startswith('  --cfg-options ') for line in lines) == takes_config
 
 
