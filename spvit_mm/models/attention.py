@@ -7,6 +7,7 @@ from mmpretrain.models.utils import MultiheadAttention
 from mmpretrain.registry import MODELS
 
 from ..ops import check_keep, spatial_prior_attention
+from ..ops.compat import is_free
 from ..utils import CheckpointError
 from .builder import build_child
 from .checks import check_choice, check_heads
@@ -356,6 +357,13 @@ def fit_mask(kept, hw):
     Returns:
         Tensor: (heads, 2H'-1, 2W'-1); ``kept`` itself on its own grid.
     """
+    if is_free(hw):  # how much is to be padded or cut cannot be asked
+        for dim, side in enumerate(hw, 1):
+            far = kept.shape[dim] // 2
+            offset = torch.arange(1 - side, side, device=kept.device)
+            inside = (offset.abs() <= far).unflatten(0, (-1,) + (1,) * (2 - dim))
+            kept = kept.index_select(dim, (offset + far).clamp(0, 2 * far)) & inside
+        return kept
     more_rows, more_cols = (
         side - (size + 1) // 2 for side, size in zip(hw, kept.shape[1:], strict=True)
     )

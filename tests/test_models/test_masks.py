@@ -182,3 +182,16 @@ def test_masks_that_do_not_fit_are_named():
             build().load_state_dict(wrong)
     with pytest.raises(ValueError, match='needs `grid`'):
         type(model.layers[0].attn)(8, 2, masked=True)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('form', ['product', 'a mask of its own'])
+def test_a_trace_takes_any_size(form):
+    """Smaller and larger grids than that of the masks, as an export leaves them free."""
+    model = mask(build(**FORMS[form]))
+    model.free_grid = True
+    traced = torch.jit.trace(model, images(HW), check_trace=False)
+    for hw in [HW, (3, 4), (2, 9), (6, 3), (1, 8)]:
+        x = images(hw)
+        torch.testing.assert_close(traced(x), model(x))
