@@ -385,7 +385,8 @@ def work(net: torch.nn.Module, case: Case):
     image = case.grid * PATCH
     images = torch.randn(case.batch, 3, image, image, device=case.device)
     if case.mode == 'infer':
-        return inference(net.eval(), images, case)
+        net.eval()  # of mmpretrain it returns nothing
+        return inference(net, images, case)
     half = case.dtype == 'bf16'
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)

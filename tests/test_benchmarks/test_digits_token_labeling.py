@@ -34,7 +34,7 @@ def test_configs_read_the_digits(tmp_path):
 
 @pytest.mark.parametrize(
     ('argv', 'words'),
-    [(['--epochs', '3'], 'give 4 or more'), (['--seeds', '0'], 'must be at least 1')],
+    [(['--epochs', '3'], 'from 4 on'), (['--seeds', '0'], 'from 1 on')],
 )
 def test_bad_arguments(argv, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:

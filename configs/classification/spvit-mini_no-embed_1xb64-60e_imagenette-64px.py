@@ -1,7 +1,7 @@
 # The network of the position study on photographs: Imagenette at 128 pixels, trained on
 # crops of 64 in patches of 8, so that it can be tested at other sizes with real detail.
 # docs/studies.md has the protocol and says where the images come from.
-_base_ = './spvit-mini_1xb64-40e_cifar10-20k.py'
+_base_ = './spvit-mini_no-embed_1xb64-40e_cifar10-20k.py'
 
 model = dict(backbone=dict(img_size=64, patch_size=8))
 
