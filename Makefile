@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.spvit_mm-ready
 READY_OPENMMLAB := $(VENV_OPENMMLAB)/.spvit_mm-ready
 
-.PHONY: help install quickstart demo-segmentation demo-tokenlabel bench test test-slow lint docs test-openmmlab smoke-openmmlab
+.PHONY: help install quickstart demo-segmentation demo-tokenlabel bench test test-slow test-robust lint docs test-openmmlab smoke-openmmlab
 
 help:
 	@echo 'make quickstart       train, evaluate and look inside an SP-ViT on handwritten digits'
@@ -18,6 +18,7 @@ help:
 	@echo 'make bench            speed and memory, the short version'
 	@echo 'make test             the test suite (under 10 minutes on 2 cores)'
 	@echo 'make test-slow        the tests that take longer'
+	@echo 'make test-robust      trainings that are killed, resumed and run out of disk'
 	@echo 'make lint             ruff'
 	@echo 'make docs             these pages and the API as a site: docs/_build/html'
 	@echo 'make test-openmmlab   the test suite under the original OpenMMLab stack'
@@ -51,7 +52,10 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m 'slow and not robust'
+
+test-robust: $(READY)
+	$(BIN)/python -m pytest -q -n 2 -m robust tests/test_robust
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import argparse
 import os.path as osp
+import re
 from glob import escape, glob
 from math import inf
 from typing import Optional
@@ -119,8 +120,8 @@ def find_resume_checkpoint(work_dir: str) -> Optional[str]:
         to resume; the best one (``best_*.pth``) has no optimizer state.
 
     Raises:
-        UserError: If ``last_checkpoint`` is absent beside checkpoints, is empty, or
-            names a file that does not exist.
+        UserError: If ``last_checkpoint`` is absent beside several checkpoints, is
+            empty, or names a file that does not exist.
     """
     pointer = osp.join(work_dir, 'last_checkpoint')
     names = sorted(map(osp.basename, glob(osp.join(escape(work_dir), '*.pth'))))
@@ -128,6 +129,9 @@ def find_resume_checkpoint(work_dir: str) -> Optional[str]:
     if not osp.isfile(pointer):
         if not names:
             return None
+        # A kill after the first checkpoint and before the pointer to it.
+        if len(names) == 1 and re.fullmatch(r'(epoch|iter)_\d+\.pth', names[0]):
+            return osp.join(work_dir, names[0])
         problem = f'{pointer}, which names the latest checkpoint, does not exist'
     else:
         with open(pointer) as file:

@@ -1,5 +1,6 @@
 """Checkpoints appear whole or not at all."""
 
+import errno
 import os
 import os.path as osp
 from collections import OrderedDict
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner
 
-import spvit_mm  # noqa: F401
-from spvit_mm.utils import read_checkpoint
+from spvit_mm.apis import find_resume_checkpoint
+from spvit_mm.utils import UserError, read_checkpoint
 from tests.test_engine.tiny import make_data, write_config
 
 
@@ -44,8 +46,6 @@ def test_killed_while_writing(data, tmp_path, monkeypatch):
     runner = make_runner(config, work_dir, max_keep_ckpts=1)
     put = type(runner.hooks[-1]).__mro__[1]  # CheckpointHook, to see it is a subclass
     assert put.__name__ == 'CheckpointHook'
-
-    from mmengine.fileio import LocalBackend
 
     def half(self, obj, filepath):
         whole = 'epoch_2' not in osp.basename(filepath)
@@ -78,9 +78,51 @@ def test_killed_while_writing(data, tmp_path, monkeypatch):
     assert (work_dir / 'last_checkpoint').read_text().endswith('epoch_3.pth')
 
 
-def test_old_ones_go_after_new_ones_are_there(data, tmp_path, monkeypatch):
-    from mmengine.fileio import LocalBackend
+def test_killed_before_the_first_pointer(data, tmp_path, monkeypatch):
+    """The first checkpoint is there, and nothing names it: --resume finds it."""
+    work_dir = tmp_path / 'work'
+    work_dir.mkdir()
+    config = write_config(tmp_path / 'c.py', data, length=1)
+    runner = make_runner(config, work_dir)
+    replace = os.replace
 
+    def killed(source, target):
+        if osp.basename(target) == 'last_checkpoint':
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr('os.replace', killed)
+    with pytest.raises(Killed):
+        runner.train()
+    assert not (work_dir / 'last_checkpoint').exists()
+    assert find_resume_checkpoint(str(work_dir)) == str(work_dir / 'epoch_1.pth')
+
+
+def test_full_disk(data, tmp_path, monkeypatch):
+    """The older checkpoint stays whole and named; the error tells of the disk."""
+    work_dir = tmp_path / 'work'
+    work_dir.mkdir()
+    config = write_config(tmp_path / 'c.py', data, length=2)
+    runner = make_runner(config, work_dir, max_keep_ckpts=1)
+    put = LocalBackend.put
+
+    def full(self, obj, filepath):
+        if 'epoch_2' not in osp.basename(filepath):
+            return put(self, obj, filepath)
+        put(self, obj[: len(obj) // 2], filepath)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(LocalBackend, 'put', full)
+    with pytest.raises((OSError, UserError), match='No space left on device'):
+        runner.train()
+    assert [p.name for p in work_dir.glob('*.pth')] == ['epoch_1.pth']
+    named = (work_dir / 'last_checkpoint').read_text()
+    assert named == str(work_dir / 'epoch_1.pth')
+    assert 'optimizer' in torch.load(named, weights_only=False)
+    assert not list(work_dir.glob('.*'))
+
+
+def test_old_ones_go_after_new_ones_are_there(data, tmp_path, monkeypatch):
     work_dir = tmp_path / 'work'
     work_dir.mkdir()
     config = write_config(tmp_path / 'c.py', data, length=4)

@@ -412,9 +412,14 @@ def test_pointers_that_lose_a_training(tmp_path):
     with pytest.raises(UserError, match='is empty: that folder holds epoch_3.pth;'):
         find_resume_checkpoint(work_dir)
     pointer.unlink()
+    (tmp_path / 'epoch_6.pth').touch()
     with pytest.raises(UserError, match='does not exist: that folder holds epoch_3'):
         find_resume_checkpoint(work_dir)
     (tmp_path / 'epoch_3.pth').unlink()
+    (tmp_path / 'epoch_6.pth').rename(tmp_path / 'weights.pth')
+    with pytest.raises(UserError, match='does not exist: that folder holds weights'):
+        find_resume_checkpoint(work_dir)
+    (tmp_path / 'weights.pth').unlink()
     assert find_resume_checkpoint(work_dir) is None
 
 
