@@ -62,7 +62,7 @@ def to_timm(model):
         key: value
         for key, value in backbone.state_dict(prefix='backbone.').items()
         if not key.startswith(priors)
-        and not key.endswith(('.train_grid', '.attn.score'))
+        and not key.endswith(('.train_grid', '.attn.score', '.attn.kept'))
     }
     state, unplaced = to_theirs(ours, names.ALL)
     if unplaced:

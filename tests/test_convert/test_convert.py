@@ -615,6 +615,9 @@ NEUTRAL = {
     'add': dict(attn_cfg=ADD),
     'both, with a score': dict(attn_cfg=BOTH, qkv_bias=False),
     'shared': dict(share_prior='network'),
+    'masks that keep all': dict(
+        attn_cfg=dict(type='SpatialPriorAttention', masked=True)
+    ),
     'scaled coordinates': dict(prior=dict(type='MLPSpatialPrior', coords='scaled')),
     'table': dict(prior=dict(type='TableSpatialPrior')),
     'a window as large as the grid': dict(
