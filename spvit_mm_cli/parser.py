@@ -4,6 +4,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Optional
 
 from .paths import checkpoint_problem, config_problem
 
@@ -32,9 +33,20 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f'--cfg-options takes key=value pairs ({error})')
 
     def check_paths(
-        self, configs: Iterable[str] = (), checkpoints: Iterable[str] = ()
+        self,
+        configs: Iterable[str] = (),
+        checkpoints: Iterable[str] = (),
+        compare: Optional[tuple[str, str]] = None,
     ) -> None:
-        """End with one line and exit code 2 for a path that leads to no file."""
+        """End with one line and exit code 2 for a path that leads to no file.
+
+        Args:
+            configs (Iterable[str]): Paths of configs.
+            checkpoints (Iterable[str]): Paths or addresses of checkpoints.
+            compare (tuple[str, str], optional): Config and checkpoint of another model.
+        """
+        if compare:
+            configs, checkpoints = [*configs, compare[0]], [*checkpoints, compare[1]]
         problems = [*map(config_problem, configs)]
         problems += map(checkpoint_problem, checkpoints)
         for problem in filter(None, problems):

@@ -1,6 +1,5 @@
 """From a trained model to one whose heads attend to the offsets that they need."""
 
-import os
 import os.path as osp
 import statistics
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 from spvit_mm_cli import parse_train_args
 
 from ..models import SpatialPriorAttention
-from ..utils import UserError, unwrap_model, with_progress
+from ..utils import UserError, unwrap_model, with_progress, write_checkpoint
 from .cli import building
 from .configs import build_model, scope_of
 from .samples import load_samples
@@ -89,12 +88,6 @@ def picture_images(cfg: Config, model: nn.Module, paths: list) -> Iterator[Tenso
         if not inside:
             raise UserError(f'--data: the folder {path} holds no picture ({PICTURES}).')
         files += inside
-    cfg = deepcopy(cfg)
-    if cfg.get('test_dataloader'):
-        dataset = cfg.test_dataloader.dataset
-        dataset.pipeline = [
-            step for step in dataset.pipeline if 'Annotations' not in str(step['type'])
-        ]
     return (sample.inputs[None] for sample in load_samples(cfg, model, files))
 
 
@@ -243,9 +236,8 @@ def finetune(
         UserError: For a config that cannot train.
     """
     cfg = finetune_config(cfg, epochs, lr_factor)
-    os.makedirs(work_dir, exist_ok=True)
     cfg.load_from = osp.join(work_dir, 'start.pth')
-    torch.save({'state_dict': model.state_dict()}, cfg.load_from)
+    write_checkpoint({'state_dict': model.state_dict()}, cfg.load_from)
     options = [str(cfg.filename), '--work-dir', work_dir, '--no-validate']
     args = parse_train_args(options)
     runner = build_trainer(merge_train_args(cfg, args), args)

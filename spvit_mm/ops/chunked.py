@@ -82,11 +82,15 @@ class Block(NamedTuple):
     first: int
     keys: Optional[slice] = None
 
+    def num_keys(self, tokens: int) -> int:
+        """How many of ``tokens`` keys are computed."""
+        return tokens if self.keys is None else self.keys.stop - self.keys.start
+
     def near(self, x: Tensor, dim: int) -> Tensor:
         """The block's part of ``x``, which has the reversed keys in dimension ``dim``."""
         if self.keys is None:
             return x
-        return x.narrow(dim, self.keys.start, self.keys.stop - self.keys.start)
+        return x.narrow(dim, self.keys.start, self.num_keys(x.shape[dim]))
 
 
 class Reach(NamedTuple):
@@ -326,24 +330,20 @@ class _Work:
             None if table is None else _Table(table, hw, heads, pairs)
             for table in (prior, bias)
         )
-        shapes = []
-        for of, blocks in cut:
-            count = of.stop - of.start
-            for block in blocks:
-                keys = tokens
-                if block.keys is not None:
-                    keys = block.keys.stop - block.keys.start
-                shapes.append((images, count, block.t1 - block.t0, keys))
-        most = max(map(math.prod, shapes))
+
+        def shape(of: slice, block: Block) -> tuple[int, ...]:
+            rows, keys = block.t1 - block.t0, block.num_keys(tokens)
+            return images, of.stop - of.start, rows, keys
+
+        most = max(math.prod(shape(of, x)) for of, blocks in cut for x in blocks)
         room = q.new_empty(buffers, most, dtype=compute_dtype(q.dtype))
-        shape = iter(shapes)
         self.groups = []
         for of, blocks in cut:
             values = [
                 None if table is None else table.values[of]
                 for table in (self.prior, self.bias)
             ]
-            steps = [_Step(block, room, next(shape), hw, values) for block in blocks]
+            steps = [_Step(x, room, shape(of, x), hw, values) for x in blocks]
             if images > 1:
                 of = slice(0, images * heads)
             self.groups.append((of, steps))

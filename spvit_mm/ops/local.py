@@ -21,6 +21,7 @@ backward pass computes the scores afresh.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Optional
 
 import torch
@@ -113,9 +114,15 @@ def tile_share(found: list[Reach], hw: tuple[int, int]) -> float:
     return keys / (len(found) * hw[0] * hw[1])
 
 
-def in_bands(found: list[Reach], hw: tuple[int, int], extra: int) -> bool:
-    """Whether bands cost less than tiles; they take no extra tokens."""
-    return not extra and band_share(found, hw) <= _TILE_PAIR * tile_share(found, hw)
+def costs(
+    found: list[Reach], hw: tuple[int, int], num_extra_tokens: int
+) -> tuple[float, float]:
+    """What bands cost, which take no extra tokens, and what tiles cost.
+
+    Both as a part of all pairs in blocks.
+    """
+    bands = math.inf if num_extra_tokens else band_share(found, hw)
+    return bands, _TILE_PAIR * tile_share(found, hw)
 
 
 def local_cost(keep: Tensor, hw: tuple[int, int], num_extra_tokens: int) -> float:
@@ -126,10 +133,7 @@ def local_cost(keep: Tensor, hw: tuple[int, int], num_extra_tokens: int) -> floa
         hw (tuple[int, int]): Grid.
         num_extra_tokens (int): Tokens in front of the grid's.
     """
-    found = reaches(keep, hw)
-    if in_bands(found, hw, num_extra_tokens):
-        return band_share(found, hw)
-    return _TILE_PAIR * tile_share(found, hw)
+    return min(costs(reaches(keep, hw), hw, num_extra_tokens))
 
 
 class _Tile(NamedTuple):
@@ -492,7 +496,8 @@ def local_attention(
     extra, hw = num_extra_tokens, tuple(hw)
     found = reaches(keep, hw)
     found = found * q.shape[1] if len(found) == 1 else found
-    if in_bands(found, hw, extra):
+    bands, tiles = costs(found, hw, extra)
+    if bands <= tiles:
         bias = mask_bias(bias, keep)
         return chunked_attention(q, k, v, prior, bias, hw, scale, 0, dropout_p, found)
     seed = int(torch.randint(1 << 62, ()).item()) if dropout_p else None

@@ -40,11 +40,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     )
     add_cfg_options(parser)
     args = parser.parse_args(argv)
-    configs, checkpoints = [args.config], [*args.checkpoint]
-    if args.compare:
-        configs.append(args.compare[0])
-        checkpoints.append(args.compare[1])
-    parser.check_paths(configs, checkpoints)
+    parser.check_paths([args.config], args.checkpoint, args.compare)
     return args
 
 
