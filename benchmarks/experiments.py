@@ -169,6 +169,17 @@ def resized(cfg: Config, size: tuple[int, int]) -> dict:
     }
 
 
+def rescale_coords(model: torch.nn.Module, factor: float) -> None:
+    """Multiply the coordinates that every attention of a SPViT sees by a factor."""
+
+    def enter(layer, args):
+        *args, _ = args
+        return (*args, args[0].new_full((2,), factor))
+
+    for layer in model.backbone.layers:
+        layer.register_forward_pre_hook(enter)
+
+
 def check_image_folders(option: str, root, *splits: str) -> None:
     """A folder of images without one of its splits is a UserError."""
     if root is None or not all((Path(root) / name).is_dir() for name in splits):
@@ -540,8 +551,13 @@ def load_trained(cfg: Config, checkpoint: Path) -> torch.nn.Module:
 
 
 def evaluate(cfg: Config, checkpoint: Path) -> dict[str, float]:
-    """The test metrics of a config for the weights of a checkpoint."""
+    """The test metrics of a config for the weights of a checkpoint.
+
+    An entry ``coords_factor`` of the config multiplies all coordinates.
+    """
     model = load_trained(cfg, checkpoint)
+    if cfg.get('coords_factor'):
+        rescale_coords(model, cfg.coords_factor)
     loader = Runner.build_dataloader(cfg.test_dataloader)
     evaluator = Evaluator(cfg.test_evaluator)
     evaluator.dataset_meta = loader.dataset.metainfo

@@ -49,6 +49,10 @@ NEEDED = (
     *('train_cfg', 'optim_wrapper'),
 )
 
+# Factors to try at another size: of (area of training / area) ** (power / 2). 0 leaves the
+# coordinates in patches, 1 keeps the border of an image where it was.
+POWERS = (-0.5, 0, 0.5, 1)
+
 
 class Place(NamedTuple):
     """Where the priors of the config under study are.
@@ -187,13 +191,60 @@ def config_under_study(study: dict, cfg: Config, args) -> Config:
 def plan(study: dict, cfg: Config, seeds: int) -> list[Run]:
     """All runs of a study, seeds outermost so that partial results compare."""
     place = place_of(cfg)
-    sizes = [tuple(size) for size in study.get('sizes', [])]
-    tests = {f'{h}x{w}': experiments.resized(cfg, (h, w)) for h, w in sizes}
+    plain, tuned = tests_at_sizes(study, cfg)
     return [
-        experiments.make_run(setting, seed, cfg, expand(overrides, cfg, place), tests)
+        experiments.make_run(
+            setting,
+            seed,
+            cfg,
+            expand(overrides, cfg, place),
+            plain if overrides.get('spsa_share') == 0 else {**plain, **tuned},
+        )
         for seed in range(seeds)
         for setting, overrides in study['settings'].items()
     ]
+
+
+def tests_at_sizes(study: dict, cfg: Config) -> tuple[dict, dict]:
+    """The tests at each size of the study, and those that tune a factor for it.
+
+    The factor multiplies the coordinates of the patches. It is tuned where the config
+    has ``held_out``: what of ``test_dataloader.dataset`` leads to images to tune with.
+    """
+    plain, tuned = {}, {}
+    trained = cfg.model.backbone.get('img_size', 224)
+    area = np.prod(trained) if isinstance(trained, (list, tuple)) else trained**2
+    for h, w in study.get('sizes', []):
+        at = experiments.resized(cfg, (h, w))
+        plain[f'{h}x{w}'] = at
+        if 'held_out' not in cfg or h * w == area:
+            continue
+        held_out = {f'test_dataloader.dataset.{k}': v for k, v in cfg.held_out.items()}
+        for power in POWERS:
+            factor = {'coords_factor': round((area / h / w) ** (power / 2), 3)}
+            factor = factor if power else {}
+            tuned[f'held out, {h}x{w}, {power}'] = {**at, **held_out, **factor}
+            if power:
+                tuned[f'{h}x{w}, {power}'] = {**at, **factor}
+    return plain, tuned
+
+
+def tuned_metrics(metrics: dict[str, dict]) -> dict[str, float]:
+    """The accuracy at each size with the factor that is best on held-out images.
+
+    Args:
+        metrics (dict): Of a run's tests, by their names in :func:`tests_at_sizes`.
+    """
+    found = {}
+    for size in metrics:
+        if ',' in size:
+            continue
+        names = {f'held out, {size}, {power}': power for power in POWERS}
+        tried = {names[x]: metrics[x][ACCURACY] for x in names if x in metrics}
+        # Of equals the one nearest to the coordinates as they are.
+        best = max(tried, key=lambda x: (tried[x], -abs(x)), default=0)
+        found[size] = metrics[f'{size}, {best}' if best else size][ACCURACY]
+    return found
 
 
 def check_backbones(runs: list[Run]) -> None:
@@ -280,16 +331,44 @@ def table(rows: list[dict]) -> str:
     return '\n'.join(lines)
 
 
-def compare_tests(runs: list[Run], results: list, against: dict) -> tuple[list, dict]:
-    """The comparison at each size of image: all rows, and by setting the values."""
+def compare_tests(
+    runs: list[Run], accuracies: list[dict], against: dict
+) -> tuple[list, dict]:
+    """The comparison at each size of image.
+
+    Args:
+        runs (list[Run]): The runs.
+        accuracies (list[dict]): Of each run, by the name of a test.
+        against (dict): The baseline of each setting.
+
+    Returns:
+        tuple[list, dict]: All rows, and by setting the values at each size.
+    """
     rows, values = [], {setting: [] for setting in against}
-    metrics = [experiments.tested(x, run) for x, run in zip(results, runs, strict=True)]
-    for test in runs[0].tests.values():
-        found = by_setting(runs, [x[test][ACCURACY] for x in metrics])
+    for test in accuracies[0]:
+        found = by_setting(runs, [own[test] for own in accuracies])
         rows += [{'test': test, **row} for row in compare(found, against)]
         for setting, own in found.items():
             values[setting].append(own)
     return rows, values
+
+
+def accuracies_at_sizes(runs: list[Run], results: list[dict]) -> dict[str, list[dict]]:
+    """Each run's accuracy by size, of what was trained and with a tuned factor.
+
+    Returns:
+        dict[str, list[dict]]: 'tests', and 'tuned' where something was tuned.
+    """
+    metrics = [experiments.tested(x, run) for x, run in zip(results, runs, strict=True)]
+    tables = {
+        'tests': [
+            {size: x[ACCURACY] for size, x in own.items() if ',' not in size}
+            for own in metrics
+        ]
+    }
+    if any(',' in name for own in metrics for name in own):
+        tables['tuned'] = [tuned_metrics(own) for own in metrics]
+    return tables
 
 
 def report(title: str, study: dict, runs: list[Run], results: list, out: Path) -> None:
@@ -299,18 +378,20 @@ def report(title: str, study: dict, runs: list[Run], results: list, out: Path) -
     print(f'Accuracy to get to: {study["reach"]} %\n' if 'reach' in study else '')
     print(table(rows))
     write_csv(out / 'results.csv', rows)
-    tests = list(runs[0].tests.values())
-    figure = new_figure(15 if tests else 10, 1.5 + 0.4 * max(6, len(rows)))
-    axes = figure.subplots(1, 3 if tests else 2)
+    tables = accuracies_at_sizes(runs, results) if runs[0].tests else {}
+    figure = new_figure(10 + 5 * len(tables), 1.5 + 0.4 * max(6, len(rows)))
+    axes = figure.subplots(1, 2 + len(tables))
     draw_differences(axes[0], rows)
     draw_curves(axes[1], by_setting(runs, [result['curve'] for result in results]))
-    if tests:
-        against = {row['setting']: row['against'] for row in rows}
-        rows, values = compare_tests(runs, results, against)
-        write_csv(out / 'tests.csv', rows)
-        print(f'\n{values_table(tests, values, "setting, tested at")}')
-        draw_values(axes[2], tests, values)
-        axes[2].set(xlabel='image at test', ylabel='top-1 (%), mean over seeds')
+    against = {row['setting']: row['against'] for row in rows}
+    for axis, (name, found) in zip(axes[2:], tables.items(), strict=True):
+        rows, values = compare_tests(runs, found, against)
+        sizes = list(found[0])
+        write_csv(out / f'{name}.csv', rows)
+        factor = ', factor of the coordinates tuned' if name == 'tuned' else ''
+        print(f'\n{values_table(sizes, values, f"setting, tested at{factor}")}')
+        draw_values(axis, sizes, values)
+        axis.set(xlabel=f'image at test{factor}', ylabel='top-1 (%), mean over seeds')
     figure.suptitle(title)
     save_figure(figure, str(out / 'results.png'), dpi=120)
     print(f'\nWritten: {out}/results.csv, {out}/results.png')

@@ -325,6 +325,21 @@ def test_weights_must_fit(cfg, checkpoint):
             experiments.load_trained(experiments.changed(cfg, options), checkpoint)
 
 
+def test_a_factor_multiplies_all_coordinates(cfg):
+    """Half the coordinates of twice the grid are those of 'scaled'."""
+    models = []
+    for coords in ('raw', 'scaled'):
+        torch.manual_seed(0)
+        options = {'model.backbone.prior.coords': coords}
+        model = experiments.build_model(experiments.changed(cfg, options)).eval()
+        models.append(model.double())
+    x = torch.rand(2, 3, 48, 48, dtype=torch.float64)
+    raw, scaled = (model(x) for model in models)
+    assert (raw - scaled).abs().max() > 1e-6
+    experiments.rescale_coords(models[0], 0.5)
+    torch.testing.assert_close(models[0](x), scaled)
+
+
 def test_only_missing_tests_are_done(cfg, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(
         experiments,

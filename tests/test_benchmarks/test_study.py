@@ -186,6 +186,33 @@ def test_sizes_are_tests_of_every_run(cfg):
         assert own.test_dataloader.dataset.pipeline[0].scale == (24, 48)  # w, h
 
 
+def test_a_factor_of_the_coordinates_is_tuned_on_held_out_images(cfg):
+    chosen = dict(
+        settings={'a': {}, 'b': {'spsa_share': 0}}, sizes=[[24, 24], [48, 24]]
+    )
+    cfg.held_out = dict(indices=range(7))
+    mini, plain = plan(chosen, cfg, seeds=1)
+    assert list(plain.tests.values()) == ['24x24', '48x24']  # nothing to tune
+    names = list(mini.tests.values())
+    assert len(names) == 2 + 7
+    assert not any('24x24,' in name for name in names)
+    tests = {test.name: test.options for test in mini.config.tests}
+    own = experiments.changed(cfg, tests['held out, 48x24, 1'])
+    assert own.coords_factor == pytest.approx(0.5**0.5, abs=1e-3)
+    assert own.test_dataloader.dataset.indices == range(7)
+    own = experiments.changed(cfg, tests['48x24, -0.5'])
+    assert own.coords_factor == pytest.approx(2**0.25, abs=1e-3)
+    assert own.test_dataloader.dataset.get('indices') is None
+
+    accuracy = dict.fromkeys(names, 50.0)
+    accuracy.update({'held out, 48x24, 0.5': 60.0, '48x24, 0.5': 40.0, '48x24': 45.0})
+    tuned = study.tuned_metrics({k: {study.ACCURACY: v} for k, v in accuracy.items()})
+    assert tuned == {'24x24': 50.0, '48x24': 40.0}  # what held-out images say
+    accuracy['held out, 48x24, 0.5'] = 50.0
+    tuned = study.tuned_metrics({k: {study.ACCURACY: v} for k, v in accuracy.items()})
+    assert tuned == {'24x24': 50.0, '48x24': 45.0}
+
+
 def test_summary_counts_the_epochs():
     runs, results = [], []
     for setting, values in (('a', [90.0, 92.0, 91.0]), ('b', [91.0, 94.0, 91.5])):
