@@ -23,7 +23,8 @@ def compare(values: dict[str, list[float]], against: dict[str, str]) -> list[dic
     """Mean and deviation of each setting, and its difference to its baseline.
 
     Args:
-        values (dict): By setting, one value per seed, the seeds in one order.
+        values (dict): By setting, one value per seed, the seeds in one order. Where a
+            setting or its baseline lacks the last seeds, the others are compared.
         against (dict): The baseline of each setting.
 
     Returns:
@@ -37,19 +38,20 @@ def compare(values: dict[str, list[float]], against: dict[str, str]) -> list[dic
     for setting, found in values.items():
         found, n = np.array(found, dtype=float), len(found)
         baseline = against[setting]
-        differences = found - np.array(values[baseline], dtype=float)
-        row = dict(setting=setting, seeds=n, mean=found.mean(), std=np.nan)
+        pairs = min(n, len(values[baseline]))
+        differences = found[:pairs] - np.array(values[baseline], dtype=float)[:pairs]
+        std = found.std(ddof=1) if n > 1 else np.nan
+        row = dict(setting=setting, seeds=n, mean=found.mean(), std=std)
         row.update(against=baseline, difference=differences.mean())
         row.update(interval=np.nan, p=np.nan)
-        if n > 1:
+        if pairs > 1:
             error = stats.sem(differences)
-            row.update(std=found.std(ddof=1))
-            row.update(interval=error * stats.t.ppf(0.975, n - 1))
+            row.update(interval=error * stats.t.ppf(0.975, pairs - 1))
             if setting != baseline:
                 with np.errstate(divide='ignore', invalid='ignore'):
                     t = abs(differences.mean()) / error
                 # 0 / 0: no seed differs at all
-                row.update(p=np.nan_to_num(2 * stats.t.sf(t, n - 1), nan=1.0))
+                row.update(p=np.nan_to_num(2 * stats.t.sf(t, pairs - 1), nan=1.0))
         rows.append(row)
     for row, p in zip(rows, holm([row['p'] for row in rows]), strict=True):
         row['p_holm'] = p

@@ -1,24 +1,37 @@
-"""Draw the figures of docs/studies.md from the CSVs in docs/studies.
+"""Draw the figures of docs/studies.md from what docs/studies holds.
 
     python benchmarks/draw_studies.py
 
 A study's CSVs are those that study.py writes, named STUDY_DATA.csv; its figure has one
 panel for each. Not drawn are studies of sizes and of epochs to an accuracy, which have
-figures of their own, by resolution.py and study.py.
+figures of their own, by resolution.py and study.py. The position study has records, from
+which its tables are printed and written as CSV, too; seeds may be missing there.
 """
 
 import argparse
 import csv
+import json
 from pathlib import Path
 
-from comparison import draw_differences
-from measuring import check_folder
+from comparison import (
+    compare,
+    comparison_table,
+    draw_curves,
+    draw_differences,
+    draw_values,
+    values_table,
+)
+from experiments import final
+from measuring import check_folder, write_csv
+from study import load_study, plain_metrics, tuned_metrics
 
 from spvit_mm.utils import new_figure, save_figure
 
 STUDIES = Path(__file__).resolve().parents[1] / 'docs' / 'studies'
 DATA = {'digits': 'digits', 'cifar': 'CIFAR-10, 5,000 images'}
 NAMES = ('setting', 'against')
+# What the methods of the position study are compared with.
+BASELINES = ('none', 'product, cone')
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -59,6 +72,56 @@ def draw_search(path: Path, out: Path) -> None:
     save_figure(figure, str(out), dpi=90)
 
 
+def read_record(path: Path) -> dict[str, list[dict]]:
+    """By setting, in the study's order, the results of the seeds 0, 1, ... there are."""
+    found = {setting: {} for setting in load_study('positions')['settings']}
+    for line in map(json.loads, path.read_text().splitlines()):
+        if 'setting' in line:
+            seeds = found[line['setting']]
+            seeds.setdefault(line['seed'], line)['tests'].update(line['tests'])
+    whole = {
+        setting: [seeds[i] for i in range(len(seeds)) if i in seeds]
+        for setting, seeds in found.items()
+    }
+    return {setting: results for setting, results in whole.items() if results}
+
+
+def draw_record(path: Path, out_dir: Path) -> None:
+    """Tables, a CSV and a figure of a record of the position study."""
+    record = read_record(path)
+    ends = {setting: list(map(final, own)) for setting, own in record.items()}
+    tables = {
+        baseline: compare(ends, dict.fromkeys(ends, baseline)) for baseline in BASELINES
+    }
+    print(path.stem)
+    for rows in tables.values():
+        print(f'\n{comparison_table(rows)}')
+    rows = [x for own in tables.values() for x in own if x['setting'] != x['against']]
+    write_csv(out_dir / f'{path.stem}.csv', rows)
+
+    sizes = {'image at test': {}, 'image at test, factor of the coordinates tuned': {}}
+    for setting, results in record.items():
+        tests = [{x['name']: x for x in own['tests'].values()} for own in results]
+        for table, read in zip(sizes, (plain_metrics, tuned_metrics), strict=True):
+            own = [read(x) for x in tests]
+            sizes[table][setting] = {name: [x[name] for x in own] for name in own[0]}
+    sizes = {title: table for title, table in sizes.items() if any(table.values())}
+
+    figure = new_figure(12 + 6 * len(sizes), 5)
+    axes = figure.subplots(1, 2 + len(sizes))
+    methods = {k: v for k, v in ends.items() if k != 'none'}
+    draw_differences(axes[0], compare(methods, dict.fromkeys(methods, BASELINES[1])))
+    axes[0].set_title(f'to {BASELINES[1]!r}')
+    draw_curves(axes[1], {k: [x['curve'] for x in own] for k, own in record.items()})
+    for axis, (title, table) in zip(axes[2:], sizes.items(), strict=True):
+        names = list(table['none'])
+        values = {setting: list(own.values()) for setting, own in table.items()}
+        print(f'\n{values_table(names, values, title)}')
+        draw_values(axis, names, values)
+        axis.set(xlabel=title, ylabel='top-1 (%), mean over seeds')
+    save_figure(figure, str(out_dir / f'{path.stem}.png'), dpi=90)
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -74,6 +137,10 @@ def main(argv=None) -> None:
                 studies.setdefault(study, {})[title] = read_rows(path)
     for study, panels in studies.items():
         draw(panels, args.out_dir / f'{study}.png')
+    for name in ('positions_cifar10', 'positions_imagenette'):
+        if (path := STUDIES / f'{name}.jsonl').exists():
+            draw_record(path, args.out_dir)
+            studies[name] = None
     draw_search(STUDIES / 'start_search.csv', args.out_dir / 'start_search.png')
     print(f'Drawn into {args.out_dir}: {", ".join(studies)}, start_search')
 

@@ -229,6 +229,11 @@ def tests_at_sizes(study: dict, cfg: Config) -> tuple[dict, dict]:
     return plain, tuned
 
 
+def plain_metrics(metrics: dict[str, dict]) -> dict[str, float]:
+    """The accuracy at each size, the coordinates as they are."""
+    return {size: x[ACCURACY] for size, x in metrics.items() if ',' not in size}
+
+
 def tuned_metrics(metrics: dict[str, dict]) -> dict[str, float]:
     """The accuracy at each size with the factor that is best on held-out images.
 
@@ -360,12 +365,7 @@ def accuracies_at_sizes(runs: list[Run], results: list[dict]) -> dict[str, list[
         dict[str, list[dict]]: 'tests', and 'tuned' where something was tuned.
     """
     metrics = [experiments.tested(x, run) for x, run in zip(results, runs, strict=True)]
-    tables = {
-        'tests': [
-            {size: x[ACCURACY] for size, x in own.items() if ',' not in size}
-            for own in metrics
-        ]
-    }
+    tables = {'tests': [plain_metrics(own) for own in metrics]}
     if any(',' in name for own in metrics for name in own):
         tables['tuned'] = [tuned_metrics(own) for own in metrics]
     return tables

@@ -1,6 +1,45 @@
+import csv
+import json
 import re
 
 import draw_studies
+import pytest
+from study import ACCURACY
+
+
+def line(setting, seed, top1, tests):
+    tests = {k: {'name': k, ACCURACY: v} for k, v in tests.items()}
+    curve = {'4': top1 - 5, '8': top1}
+    return json.dumps(
+        dict(setting=setting, seed=seed, key='', curve=curve, tests=tests)
+    )
+
+
+def test_a_record_with_missing_seeds_is_drawn(tmp_path, capsys):
+    sizes = {'64x64': 60.0, '96x96': 50.0}
+    tuned = {'held out, 96x96, 0': 1.0, 'held out, 96x96, 1': 2.0, '96x96, 1': 55.0}
+    lines = ['{"protocol": {}}']
+    for seed, (low, high) in enumerate([(50.0, 70.0), (51.0, 72.0), (49.0, 70.0)]):
+        lines.append(line('none', seed, low, sizes))
+        lines.append(line('product, cone', seed, high, {**sizes, **tuned}))
+    # The order is the study's; a seed that is there without the one before is left out.
+    lines += [line('sum, cone', seed, 73.0, sizes) for seed in (0, 1)]
+    lines.append(line('rotary mixed', 1, 99.0, sizes))
+    path = tmp_path / 'positions_x.jsonl'
+    path.write_text('\n'.join(lines))
+    draw_studies.draw_record(path, tmp_path)
+    with (tmp_path / 'positions_x.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['setting'], row['against'], row['seeds']) for row in rows] == [
+        ('product, cone', 'none', '3'),
+        ('sum, cone', 'none', '2'),
+        ('none', 'product, cone', '3'),
+        ('sum, cone', 'product, cone', '2'),
+    ]
+    assert float(rows[3]['difference']) == pytest.approx(2.0)
+    out = capsys.readouterr().out
+    assert '| product, cone | 60.0 ± 0.0 | 55.0 ± 0.0 |' in out
+    assert (tmp_path / 'positions_x.png').stat().st_size > 10_000
 
 
 def test_figures_are_drawn_from_the_csvs(tmp_path, capsys):
