@@ -4,6 +4,7 @@
     python benchmarks/study.py relative --seeds 5 --jobs 2
     python benchmarks/study.py relative --config my_config.py --epochs 20
     python benchmarks/study.py relative --settings sp-sa psa
+    python benchmarks/study.py relative --cfg-options optim_wrapper.optimizer.lr=0.0005
 
 Every run is a training of its own through ``tools/train.py``. A finished run is not
 repeated, not even for another study that has the same setting, and a killed one goes on
@@ -35,7 +36,7 @@ from mmengine.fileio import load
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS, MODELS
 
-from spvit_mm.apis import building, scope_of
+from spvit_mm.apis import add_cfg_options, building, scope_of
 from spvit_mm.models import SPViT
 from spvit_mm.utils import UserError, new_figure, save_figure
 
@@ -436,6 +437,7 @@ def main(argv: list[str]) -> None:
         metavar='PERCENT',
         help="accuracy to count the epochs to (default: the study's, if it has one)",
     )
+    add_cfg_options(parser)
     experiments.add_run_options(parser, work_dir='work_dirs/studies', seeds=5)
     args = parser.parse_args(argv)
     if args.list:
@@ -453,7 +455,8 @@ def main(argv: list[str]) -> None:
         study = choose(study, args.settings)
     if args.reach is not None:
         study['reach'] = args.reach
-    cfg = config_under_study(study, experiments.load_config(args.config), args)
+    cfg = experiments.load_config(args.config, args.cfg_options)
+    cfg = config_under_study(study, cfg, args)
     record = experiments.open_record(args, cfg, metric=ACCURACY)
     runs = plan(study, cfg, args.seeds)
     check_backbones(runs)
@@ -464,6 +467,8 @@ def main(argv: list[str]) -> None:
     name = f'{args.study}_{Path(args.config).stem}'
     if args.baseline:
         name += f'_to-{args.baseline.replace("/", "-")}'
+    if args.cfg_options:
+        name += f'_{experiments.digest(args.cfg_options)}'
     title = f'{args.study}: {study["claim"]}'
     report(title, study, runs, results, args.work_dir / name)
 
