@@ -8,9 +8,17 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
+from mmpretrain.registry import MODELS
 from torch.utils.data import _utils
 
-import spvit_mm  # noqa: F401
+from spvit_mm.models import LookHereSpatialPrior
+
+
+@MODELS.register_module()
+class LookHereProduct(LookHereSpatialPrior):
+    """Distances and directions for every way to combine, a product's too."""
+
+    is_bias = False
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -26,7 +26,13 @@ from .configs import (
     scope_of,
 )
 from .runner import build_runner, distribute_on_cpu
-from .samples import Sample, load_classifier, load_model, load_samples
+from .samples import (
+    Sample,
+    load_classifier,
+    load_model,
+    load_samples,
+    reverses_channels,
+)
 from .test import build_tester, merge_test_args
 from .train import (
     build_trainer,
@@ -58,6 +64,7 @@ __all__ = [
     'load_config',
     'load_model',
     'load_samples',
+    'reverses_channels',
     'load_trained_model',
     'load_whole',
     'merge_test_args',

@@ -119,7 +119,7 @@ def prepare(
         UserError: If the image is smaller than a patch, or the model was deployed for
             another grid or, with ``dynamic_size``, at all.
     """
-    model = revert_sync_batchnorm(model)
+    model = revert_sync_batchnorm(model).eval()
     for module in list(model.modules()):
         if isinstance(module, AdaptivePadding):
             _check_patch(shape, module.stride)

@@ -102,9 +102,14 @@ def _is_bgr(pipeline: list, model) -> bool:
     """Whether a pipeline gives BGR: read from a file, or for a model that turns it."""
     if pipeline and _kind(pipeline[0]) == 'LoadImageFromFile':
         return True
-    # mmpretrain's name, and that of mmengine and mmsegmentation.
-    names = ('to_rgb', '_channel_conversion')
-    return any(getattr(model.data_preprocessor, name, False) for name in names)
+    return reverses_channels(model.data_preprocessor)
+
+
+def reverses_channels(preprocessor) -> bool:
+    """Whether a data preprocessor turns BGR to RGB, or RGB to BGR."""
+    # The names of mmpretrain, of mmengine and its forks, and of the original mmseg.
+    names = ('to_rgb', '_channel_conversion', 'channel_conversion')
+    return any(getattr(preprocessor, name, False) for name in names)
 
 
 def _split_pipeline(settings: list, bgr: bool) -> tuple[Compose, Compose]:

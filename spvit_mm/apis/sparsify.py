@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from spvit_mm_cli import parse_train_args
 
+from ..datasets.subset import EXTENSIONS
 from ..models import SpatialPriorAttention
 from ..utils import UserError, unwrap_model, with_progress, write_checkpoint
 from .cli import building
@@ -28,7 +29,6 @@ from .train import build_trainer, merge_train_args
 
 # What a config's evaluator says in one number, if it says one of these.
 METRICS = ('accuracy/top1', 'mIoU')
-PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
 @contextmanager
@@ -84,9 +84,11 @@ def picture_images(cfg: Config, model: nn.Module, paths: list) -> Iterator[Tenso
         inside = [path]
         if osp.isdir(path):
             found = glob(osp.join(escape(path), '**'), recursive=True)
-            inside = sorted(f for f in found if f.lower().endswith(PICTURES))
+            inside = sorted(f for f in found if f.lower().endswith(EXTENSIONS))
         if not inside:
-            raise UserError(f'--data: the folder {path} holds no picture ({PICTURES}).')
+            raise UserError(
+                f'--data: the folder {path} holds no picture ({", ".join(EXTENSIONS)}).'
+            )
         files += inside
     return (sample.inputs[None] for sample in load_samples(cfg, model, files))
 

@@ -2,10 +2,8 @@
 
 from .attention_maps import QueryAttention, draw_query_attention, query_attention
 from .binarize import (
-    BinarizedAttention,
     Kept,
     OffsetMass,
-    binarize,
     keep_offsets,
     offset_mass,
     sparsify,
@@ -38,10 +36,8 @@ from .relevance import (
 )
 
 __all__ = [
-    'BinarizedAttention',
     'Kept',
     'OffsetMass',
-    'binarize',
     'keep_offsets',
     'offset_mass',
     'sparsify',

@@ -7,7 +7,7 @@ import torch
 
 from ..utils import UserError, new_figure
 from .prior_maps import MASKED
-from .recording import layer_name, record_attention
+from .recording import evaluating, layer_name, record_attention
 
 
 class QueryAttention(NamedTuple):
@@ -55,7 +55,7 @@ def query_attention(model, image, query: tuple[int, int]):
     Raises:
         UserError: If the patch lies outside the grid, or the grid is unknown.
     """
-    with record_attention(model) as recording:
+    with evaluating(model), record_attention(model) as recording:
         model(image)
     if recording.grid is None:
         raise UserError(

@@ -10,74 +10,14 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 
 from ..models import SpatialPriorAttention
-from ..ops import check_keep, spatial_prior_attention
 from ..ops.local import TILE, local_cost
 from ..ops.prior import mask_bias
 from ..utils import UserError
 
 # Ranked by the prior, and by the attention itself.
 CRITERIA = ('offsets', 'mass', 'fewest', 'window')
-
-
-class BinarizedAttention(nn.Module):
-    """Attention with spatial priors over the offsets that are kept; the others are masked.
-
-    It takes the place of the attention that it holds, in a model that is
-    measured or fine-tuned.
-
-    Args:
-        attn (SpatialPriorAttention): The attention; its parameters stay its own.
-        keep (Tensor): (heads, 2H-1, 2W-1), bool, with the zero offset. What the prior
-            itself masks is never kept.
-        hw (Tuple[int, int]): The grid (H, W) of ``keep``, the only one taken.
-        ones (bool): Whether the kept offsets take prior 1, which is neutral, in place
-            of what was learned. Defaults to False.
-        impl (str): The kernel, see
-            :func:`~spvit_mm.ops.spatial_prior_attention`; 'dense' is another name
-            of 'eager' and 'block' of 'flex', whose BlockMask alone skips what is
-            masked. Defaults to 'auto'.
-
-    Raises:
-        ValueError: If ``keep`` is no such table.
-    """
-
-    def __init__(self, attn, keep, hw, ones=False, impl='auto'):
-        super().__init__()
-        check_keep(keep, hw)
-        self.attn = attn
-        self.register_buffer('keep', keep)
-        self.hw = tuple(hw)
-        self.ones = ones
-        self.attn_impl = {'dense': 'eager', 'block': 'flex'}.get(impl, impl)
-
-    def forward(self, x, hw_shape, omega=None, rescale=None):
-        if tuple(hw_shape) != self.hw:
-            raise UserError(
-                f'The masks are for a grid of {self.hw[0]} x {self.hw[1]} patches, and '
-                f'the image has {hw_shape[0]} x {hw_shape[1]}. Binarise for that grid.'
-            )
-        attn = self.attn
-        prior, bias, visible = attn.score_tables(hw_shape, x.device, omega, rescale)
-        if self.ones:
-            prior = bias = None
-        q, k, v = attn.project_qkv(x, hw_shape)
-        out = spatial_prior_attention(
-            q,
-            k,
-            v,
-            prior,
-            hw_shape,
-            bias=bias,
-            keep=self.keep if visible is None else self.keep & visible,
-            scale=attn.scale,
-            num_extra_tokens=attn.num_extra_tokens,
-            dropout_p=attn.attn_drop if self.training else 0.0,
-            attn_impl=self.attn_impl,
-        )
-        return attn.merge_heads(out, v)
 
 
 class OffsetMass(NamedTuple):
@@ -302,15 +242,16 @@ class Kept(NamedTuple):
     computed: float
 
 
-def sparsify(model, masses, hw, share, by='fewest'):
+def sparsify(model, masses, share, by='fewest', ones=False):
     """Mask in every layer of a model that was measured what it does not need, in place.
 
     Args:
         model (nn.Module): The model that ``masses`` was measured on.
         masses (Dict[str, OffsetMass]): Of :func:`offset_mass`.
-        hw (Tuple[int, int]): The grid (H, W).
         share (float): See :func:`keep_offsets`.
         by (str): See :func:`keep_offsets`. Defaults to 'fewest'.
+        ones (bool): Whether the kept offsets take prior 1, which is neutral, in place
+            of what was learned. Defaults to False.
 
     Returns:
         List[Kept]: One of each layer.
@@ -321,18 +262,22 @@ def sparsify(model, masses, hw, share, by='fewest'):
     found = []
     for name, (table, mass) in masses.items():
         keep = keep_offsets(table, mass, share, by)
-        model.get_submodule(name).set_kept(keep)
-        found.append(describe_kept(name, keep, mass))
+        attn = model.get_submodule(name)
+        attn.set_kept(keep)
+        if ones:
+            attn.combine, attn.strength = 'add', 0.0
+        found.append(describe_kept(name, keep, mass, attn.num_extra_tokens))
     return found
 
 
-def describe_kept(name, keep, mass):
+def describe_kept(name, keep, mass, num_extra_tokens):
     """Say what a layer keeps.
 
     Args:
         name (str): The name of its attention.
         keep (Tensor): (heads, 2H-1, 2W-1), bool.
         mass (Tensor): The attention by offset, of the same shape, each head of sum 1.
+        num_extra_tokens (int): Tokens of the layer that are no patches.
 
     Returns:
         Kept: See there.
@@ -341,36 +286,8 @@ def describe_kept(name, keep, mass):
     rows, cols = (side - torch.arange(1 - side, side).abs() for side in hw)
     pairs = (rows[:, None] * cols).to(mass) / (hw[0] * hw[1]) ** 2
     pairs, mass = ((value * keep).sum((1, 2)).cpu() for value in (pairs, mass))
-    return Kept(name, keep.cpu(), pairs, mass, local_cost(keep, hw, 0))
-
-
-def binarize(model, masses, hw, share, by='offsets', ones=False, impl='auto'):
-    """Binarise every layer of a model that was measured, in place.
-
-    Args:
-        model (nn.Module): The model that ``masses`` was measured on.
-        masses (Dict[str, OffsetMass]): Of :func:`offset_mass`.
-        hw (Tuple[int, int]): The grid (H, W).
-        share (float): See :func:`keep_offsets`.
-        by (str): See :func:`keep_offsets`. Defaults to 'offsets'.
-        ones (bool): Whether kept offsets take prior 1. Defaults to False.
-        impl (str): As of :class:`BinarizedAttention`. Defaults to 'auto'.
-
-    Returns:
-        Tuple[float, float]: The shares of offsets and of attention mass that
-        are kept, means over layers and heads.
-    """
-    kept = []
-    for name, (table, mass) in masses.items():
-        attn = model.get_submodule(name)
-        if not isinstance(attn, SpatialPriorAttention):
-            raise ValueError(f'{name} is no SpatialPriorAttention: binarised before?')
-        keep = keep_offsets(table, mass, share, by)
-        parent, _, child = name.rpartition('.')
-        layer = BinarizedAttention(attn, keep, hw, ones, impl).train(attn.training)
-        setattr(model.get_submodule(parent), child, layer)
-        kept.append(describe_kept(name, keep, mass))
-    return mean_kept(kept)[::2]
+    computed = local_cost(keep, hw, num_extra_tokens)
+    return Kept(name, keep.cpu(), pairs, mass, computed)
 
 
 def mean_kept(kept):

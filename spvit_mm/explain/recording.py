@@ -75,6 +75,21 @@ class Recording:
     grid: Optional[tuple[int, int]] = None
 
 
+class evaluating:
+    """Eval mode for the length of a ``with``; every module's own mode after it."""
+
+    def __init__(self, model):
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.model = model
+
+    def __enter__(self):
+        self.model.eval()
+
+    def __exit__(self, *_):
+        for module, mode in self.modes:
+            module.training = mode
+
+
 @singledispatch
 def attention_terms(module, q, content, hw, omega, rescale=None):
     """What an attention makes of its content scores.

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..utils import UserError
-from .recording import record_attention
+from .recording import evaluating, record_attention
 
 METHODS = ('gradient', 'rollout', 'gradcam')
 
@@ -38,21 +38,6 @@ def class_scores(model, inputs):
             "mode='tensor', so there is no class to explain."
         )
     return scores
-
-
-class _evaluating:
-    """Eval mode for the length of a ``with``; every module's own mode after it."""
-
-    def __init__(self, model):
-        self.modes = [(module, module.training) for module in model.modules()]
-        self.model = model
-
-    def __enter__(self):
-        self.model.eval()
-
-    def __exit__(self, *_):
-        for module, mode in self.modes:
-            module.training = mode
 
 
 def relevance_maps(model, inputs, targets=None, method='gradient'):
@@ -86,7 +71,7 @@ def relevance_maps(model, inputs, targets=None, method='gradient'):
     """
     if method not in METHODS:
         raise ValueError(f'`method` must be one of {METHODS}, got {method!r}.')
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         if method == 'gradcam':
             return _gradcam(model, inputs, targets)
         # Also where all parameters are frozen there is a graph to follow.
@@ -228,7 +213,7 @@ def perturbation_test(model, inputs, labels, maps, steps=10):
     labels = torch.as_tensor(labels, device=inputs.device)
     removed = np.linspace(0, 0.9, steps)
     curves = []
-    with _evaluating(model):
+    with evaluating(model):
         for descending in (True, False):
             order = maps.flatten(1).argsort(dim=1, descending=descending, stable=True)
             curve = []

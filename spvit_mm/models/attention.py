@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mmpretrain.models.utils import MultiheadAttention
 from mmpretrain.registry import MODELS
 
-from ..ops import check_keep, spatial_prior_attention
+from ..ops import ATTN_IMPLS, check_keep, spatial_prior_attention
 from ..ops.compat import is_free
 from ..utils import CheckpointError
 from .builder import build_child
@@ -196,6 +196,13 @@ class SpatialPriorAttention(GridAttention):
             embed_dims, num_heads, num_extra_tokens, grid, qk_scale, **kwargs
         )
         check_choice('combine', combine, self.COMBINES)
+        check_choice('attn_impl', attn_impl, ATTN_IMPLS)
+        if combine == 'multiply' and strength != 1:
+            raise ValueError(
+                '`strength` is the factor of what is added, and a product adds nothing, '
+                f"got strength={strength} with combine='multiply'. Its start is set by "
+                "`init_score`, or take combine='add' or 'both'."
+            )
         self.combine = combine
         self.strength = strength
         self.attn_impl = attn_impl
@@ -219,8 +226,7 @@ class SpatialPriorAttention(GridAttention):
         if masked:
             if self.grid is None:
                 raise ValueError('`masked=True` needs `grid`, the (H, W) of the masks.')
-            size = (2 * self.grid[0] - 1, 2 * self.grid[1] - 1)
-            self.kept = torch.ones(num_heads, *size, dtype=torch.bool)
+            self.kept = self._all_kept()
         self.reset_score()
 
     def set_depth(self, layer, num_layers):
@@ -310,6 +316,10 @@ class SpatialPriorAttention(GridAttention):
             bias = score if bias is None else bias + score
         return omega, bias, keep
 
+    def _all_kept(self):
+        size = (2 * self.grid[0] - 1, 2 * self.grid[1] - 1)
+        return torch.ones(self.num_heads, *size, dtype=torch.bool)
+
     def set_kept(self, kept):
         """Mask all offsets but those that are kept.
 
@@ -336,7 +346,11 @@ class SpatialPriorAttention(GridAttention):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         kept = state_dict.get(f'{prefix}kept')
-        if kept is not None and self.kept is not None:
+        if self.kept is not None and kept is None:
+            if f'{prefix}qkv.weight' in state_dict:  # of a model without masks
+                self.set_kept(self._all_kept())
+                state_dict[f'{prefix}kept'] = self.kept
+        elif kept is not None and self.kept is not None:
             try:
                 self.set_kept(kept)
             except ValueError as error:
@@ -392,6 +406,11 @@ def build_prior(cfg, num_heads, grid, combine):
         raise ValueError(
             f'`prior` has num_heads={prior.num_heads}, but an attention '
             f'of {num_heads} heads takes a prior of 1 or {num_heads}.'
+        )
+    if combine != 'add' and prior.is_bias:
+        raise ValueError(
+            f'{type(prior).__name__} is a bias, which is added to the scores, got '
+            f"combine={combine!r}. Take attn_cfg=dict(combine='add')."
         )
     window = isinstance(prior, WindowSpatialPrior)
     hard = window and not prior.soft and not prior.masked

@@ -40,7 +40,7 @@ def draw_rescale(rescale, jitter, device):
 
 
 def guess_grid(length, own_length, own_grid):
-    """The grid of an embedding whose checkpoint does not say it: a square.
+    """The grid of an embedding whose checkpoint does not say it.
 
     Args:
         length (int): Entries of the embedding.
@@ -48,13 +48,12 @@ def guess_grid(length, own_length, own_grid):
         own_grid (Tuple[int, int]): The grid (H, W) of that model.
 
     Returns:
-        Tuple[int, int]: The square grid, with a class token or without; where there
-        is none of this length, ``own_grid``.
+        Tuple[int, int]: ``own_grid`` for as many entries as there; else the square of
+        this length, with a class token or without; where there is none, ``own_grid``.
     """
-    extras = (1, 0)
     if length == own_length:
-        extras = (own_length - own_grid[0] * own_grid[1],)
-    for extra in extras:
+        return tuple(own_grid)
+    for extra in (1, 0):
         side = math.isqrt(length - extra)
         if side > 0 and side * side == length - extra:
             return side, side
@@ -144,8 +143,8 @@ def fit_pos_embed(pos_embed, grid, own_grid, with_cls_entry, mode='bicubic'):
 def fit_state_dict(state_dict, prefix, model):
     """Fit the position and the grid in a checkpoint to an SPViT, in place.
 
-    The grid of the checkpoint's training goes to the priors, which scale or clamp
-    their offsets by it.
+    The grid of the checkpoint's training goes to the priors that it holds, which scale
+    or clamp their offsets by it.
 
     Args:
         state_dict (dict): The checkpoint's weights.
@@ -168,8 +167,11 @@ def fit_state_dict(state_dict, prefix, model):
         grid = guess_grid(state_dict[name].shape[1], own_length, own_grid)
     for child_name, child in model.named_modules():
         if isinstance(child, SpatialPrior) and child.coords in COORDS_OF_A_GRID:
-            key = f'{prefix}{child_name}.train_grid'
-            state_dict.setdefault(key, torch.tensor(grid))
+            own = f'{prefix}{child_name}.'
+            # A prior that the checkpoint does not hold is new, and has its own grid.
+            trained = any(key.startswith(own) for key in state_dict)
+            theirs = torch.tensor(grid) if trained else child.train_grid
+            state_dict.setdefault(f'{own}train_grid', theirs)
     state_dict[grid_name] = model.train_grid.detach().clone()
     if name not in state_dict:
         return []

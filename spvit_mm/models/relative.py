@@ -18,8 +18,8 @@ from ..ops.prior import all_offsets
 from .attention import GridAttention
 from .checks import check_choice
 from .priors import relative_offsets
+from .priors.base import PATCH_COORDS
 from .priors.simple import (
-    TABLE_COORDS,
     check_grid,
     fit_table,
     resize_table,
@@ -202,7 +202,7 @@ class RelativePositionAttention(GridAttention):
     """
 
     MODES = ('bias', 'embedding')
-    COORDS = TABLE_COORDS
+    COORDS = PATCH_COORDS
 
     def __init__(
         self, embed_dims, num_heads, mode='bias', grid=None, coords='scaled', **kwargs

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
 from mmengine.model import ModuleList
-from mmengine.model.weight_init import trunc_normal_
+from mmengine.model.weight_init import PretrainedInit, trunc_normal_
 from mmengine.registry import DefaultScope
 from mmpretrain.models.backbones import VisionTransformer
 from mmpretrain.models.utils import build_norm_layer
@@ -123,9 +123,10 @@ class SPViT(VisionTransformer):
             mmsegmentation and mmdetection take 'featmap' alone.
             Defaults to 'cls_token'.
         with_cls_token (bool): Defaults to True.
-        frozen_stages (int): Freeze this many layers and the stem (they stay in
-            eval mode, too), and with them a prior that the whole network
-            shares, whose table they use. 0 and -1 freeze nothing.
+        frozen_stages (int): Freeze this many layers and what comes before them: the
+            stem, the position embedding and a class token that joins there (they stay
+            in eval mode, too); and a prior that the whole network shares, whose
+            table they use. 0 and -1 freeze nothing.
             Defaults to -1.
         freeze_all_but_priors (bool): Let nothing of the backbone learn but its
             spatial priors; the rest stays in eval mode. With a head, these are
@@ -496,11 +497,16 @@ class SPViT(VisionTransformer):
     def init_weights(self):
         """Initialize; a pretrained file is opened by ``spvit_mm.utils.safe_loader``."""
         with safe_loader(trust=None):
-            super().init_weights()
-        cfg = self.init_cfg
-        pretrained = isinstance(cfg, dict) and cfg['type'] == 'Pretrained'
-        released = self.arch_settings['start'] == 'released'
-        if released and not pretrained and self.cls_token is not None:
+            # Not VisionTransformer's, which draws pos_embed anew behind a pretrained
+            # file in a list.
+            super(VisionTransformer, self).init_weights()
+        cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
+        kinds = [cfg['type'] for cfg in cfgs if cfg]
+        if any(kind in ('Pretrained', PretrainedInit) for kind in kinds):
+            return
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+        if self.arch_settings['start'] == 'released' and self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
 
     # --------------------------------------------------------------- forward
@@ -583,7 +589,11 @@ class SPViT(VisionTransformer):
         return self
 
     def _freeze_stages(self):
+        cls_token = self.cls_token
+        learns = cls_token is not None and cls_token.requires_grad
         super()._freeze_stages()
+        if learns and self.cls_token_layer >= self.frozen_stages:
+            cls_token.requires_grad_(True)  # it joins behind what is frozen
         for prior in (self.prior, self.bias_prior):
             if prior is not None:
                 prior.eval().requires_grad_(False)

@@ -47,7 +47,7 @@ def test_a_counter_that_is_there_stays():
 ARCH = dict(embed_dims=24, num_layers=4, num_heads=3, feedforward_channels=48)
 # One layer's MLP prior takes two products over the offsets of a grid of 4 x 6.
 PRIOR = 3 * 32 * (7 * 11) * (3 + 1)
-VIEWS = ('right', 'down', 'all')
+LOOKHERE = dict(type='LookHereSpatialPrior', views=('right', 'down', 'all'))
 
 
 def count(**kwargs):
@@ -91,7 +91,7 @@ def test_every_form_and_kernel_counts_alike(grad, combine, priors, kernels):
         (dict(attn_cfg=dict(combine='add'), prior=dict(type='ALiBiSpatialPrior')), 0),
         (dict(attn_cfg=dict(combine='add'), prior=dict(type='KERPLESpatialPrior')), 0),
         # The direction of each head with each offset.
-        (dict(prior=dict(type='LookHereSpatialPrior', views=VIEWS)), 3 * 2 * (7 * 11)),
+        (dict(attn_cfg=dict(combine='add'), prior=LOOKHERE), 3 * 2 * (7 * 11)),
     ],
 )
 def test_fixed_positions_cost_no_more_than_their_own_products(kwargs, products):

@@ -8,26 +8,26 @@ import torch
 from torch import nn
 
 from spvit_mm.explain import (
-    BinarizedAttention,
-    binarize,
     collect_priors,
     keep_offsets,
     offset_mass,
     record_attention,
     sparsify,
 )
+from spvit_mm.explain.binarize import mean_kept
 from spvit_mm.models import SPViT
 from spvit_mm.ops import expand_prior, flex
 
 HW = (2, 3)
 LOOKHERE = dict(type='LookHereSpatialPrior', views=('right', 'all'))
+WINDOW = dict(type='WindowSpatialPrior', window=4, shift=[(1, 0), (0, 0)], masked=True)
 FORMS = {
     'add': dict(attn_cfg=dict(combine='add', strength=2.0)),
     'both': dict(attn_cfg=dict(combine='both')),
     'score': dict(attn_cfg=dict(init_score=2.0), qkv_bias=False),
-    'masked product': dict(prior=LOOKHERE),
+    'masked product': dict(prior=WINDOW),
     'masked sum': dict(attn_cfg=dict(combine='add'), prior=LOOKHERE),
-    'masked both': dict(attn_cfg=dict(combine='both'), prior=LOOKHERE),
+    'masked both': dict(attn_cfg=dict(combine='both'), prior=WINDOW),
 }
 
 
@@ -149,26 +149,29 @@ def test_smallest_window_of_a_mass(share, side):
 
 @pytest.mark.parametrize('by', ['fewest', 'window'])
 @pytest.mark.parametrize('form', FORMS)
-def test_sparse_model_is_the_binarised_one(form, by):
-    """The same masks, in the model itself and around its attention."""
+def test_a_sparse_model_attends_to_what_it_keeps(form, by):
+    """Masks that the attention map respects, on models with and without a buffer."""
     cfg = dict(FORMS[form])
     masked = dict(cfg, attn_cfg=dict(cfg.get('attn_cfg', {}), masked=True))
     model = build(**masked)
     x = torch.randn(2, 3, 16, 24).double()
     masses, grid = offset_mass(model, [x])
-    other = copy.deepcopy(model)
-    kept = sparsify(model, masses, grid, 0.7, by)
-    shares = binarize(other, masses, grid, 0.7, by, impl='eager')
-    torch.testing.assert_close(model(x)[0], other(x)[0])
+    other = build(**cfg)
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith('.kept')}
+    other.load_state_dict(state)
+    kept = sparsify(model, masses, 0.7, by)
+    sparsify(other, masses, 0.7, by)
+    with record_attention(model) as recording:
+        plain = model(x)[0]
+    torch.testing.assert_close(model(x)[0], plain)
+    torch.testing.assert_close(other(x)[0], plain)
     assert [layer.name for layer in kept] == list(masses)
     for i, layer in enumerate(kept):
         assert torch.equal(layer.keep, model.layers[i].attn.kept)
-        assert torch.equal(layer.keep, other.layers[i].attn.keep)
         assert (layer.mass >= 0.7 - 1e-9).all()
-        pairs = expand_prior(layer.keep, grid).double().mean((1, 2))
-        torch.testing.assert_close(layer.pairs, pairs)
-    mass = torch.stack([layer.mass for layer in kept]).mean()
-    assert shares[1] == pytest.approx(float(mass))
+        pairs = expand_prior(layer.keep, grid)
+        assert recording.maps[i].weights.mul(~pairs).abs().max() == 0
+        torch.testing.assert_close(layer.pairs, pairs.double().mean((1, 2)))
     # Measured again, all of the attention is at the offsets that are kept.
     again, _ = offset_mass(model, [x])
     for layer in kept:
@@ -184,7 +187,7 @@ def test_sparse_model_is_the_binarised_one(form, by):
 def test_what_shares_a_prior_has_masks_of_its_own(share_prior):
     model = build(share_prior=share_prior, attn_cfg=dict(masked=True))
     x = torch.randn(1, 3, 16, 24).double()
-    first, second = sparsify(model, *offset_mass(model, [x]), 0.5)
+    first, second = sparsify(model, offset_mass(model, [x])[0], 0.5)
     assert not torch.equal(first.keep[0], first.keep[1])
     assert not torch.equal(first.keep, second.keep)
     drawn = [np.isnan(prior.table) for prior in collect_priors(model)]
@@ -213,7 +216,8 @@ def test_keeping_everything_changes_nothing(share_prior):
     model = build(share_prior=share_prior)
     x = torch.randn(2, 3, 16, 24).double()
     expected = model(x)[0]
-    assert binarize(model, *offset_mass(model, [x]), 1.0) == pytest.approx((1, 1))
+    kept = sparsify(model, offset_mass(model, [x])[0], 1.0)
+    assert mean_kept(kept) == pytest.approx((1, 1, 1))
     torch.testing.assert_close(model(x)[0], expected)
 
 
@@ -226,7 +230,7 @@ def test_every_form_stays_as_it_is_with_all_offsets(form, share_prior):
     torch.manual_seed(0)
     rescaled = model.train()(x)[0]
     model.eval()
-    offsets, mass = binarize(model, *offset_mass(model, [x]), 1.0)
+    offsets, _, mass = mean_kept(sparsify(model, offset_mass(model, [x])[0], 1.0))
     assert mass == pytest.approx(1)
     assert (offsets < 0.8) == ('masked' in form)
     torch.testing.assert_close(model(x)[0], expected)
@@ -256,38 +260,35 @@ def test_the_prior_of_the_product_ranks_else_that_of_the_sum():
 def test_what_the_prior_masks_stays_masked(form, share, ones):
     model = build(**FORMS[form])
     x = torch.randn(2, 3, 16, 24).double()
-    binarize(model, *offset_mass(model, [x]), share, ones=ones)
-    layer = model.layers[0].attn
-    visible = layer.attn.prior.keep(HW)
-    assert not (layer.keep & ~visible).any()
+    sparsify(model, offset_mass(model, [x])[0], share, 'offsets', ones)
+    attn = model.layers[0].attn
+    visible = attn.prior.keep(HW)
+    assert not (attn.kept & ~visible).any()
     counts = visible.sum((1, 2)).tolist()
     kept = [math.ceil(share * count) for count in counts]
-    assert layer.keep.sum((1, 2)).tolist() == kept
+    assert attn.kept.sum((1, 2)).tolist() == kept
     # Also where it was made of other offsets.
-    everywhere = torch.ones_like(visible)
-    layer = BinarizedAttention(layer.attn, everywhere, HW, ones=ones)
-    visible_only = BinarizedAttention(layer.attn, visible, HW, ones=ones)
     tokens = torch.randn(2, 6, 8).double()
-    torch.testing.assert_close(layer(tokens, HW), visible_only(tokens, HW))
+    attn.set_kept(visible)
+    expected = attn(tokens, HW)
+    attn.set_kept(torch.ones_like(visible))
+    torch.testing.assert_close(attn(tokens, HW), expected)
 
 
 @pytest.mark.parametrize('form', FORMS)
 def test_ones_are_neutral(form):
     """Vanilla attention over what is kept, however the prior enters."""
     model = build(**FORMS[form])
+    masses, _ = offset_mass(model, [torch.randn(2, 3, 16, 24).double()])
+    keep = sparsify(model, masses, 0.7, ones=True)[0].keep
     attn = model.layers[0].attn
-    keep = torch.ones(2, 3, 5, dtype=torch.bool)
-    keep[1, :, 0] = False
-    layer = BinarizedAttention(attn, keep, HW, ones=True)
     tokens = torch.randn(2, 6, 8).double()
     q, k, v = attn.project_qkv(tokens, HW)
     scores = q @ k.transpose(-2, -1) * attn.scale
-    visible = attn.prior.keep(HW)
-    keep = keep if visible is None else keep & visible
     pairs = expand_prior(keep, HW)
     weights = scores.masked_fill(~pairs, -torch.inf).softmax(-1)
     expected = attn.merge_heads(weights @ v, v)
-    torch.testing.assert_close(layer(tokens, HW), expected)
+    torch.testing.assert_close(attn(tokens, HW), expected)
 
 
 @pytest.mark.skipif(flex.flex_attention is None, reason='torch < 2.5 has none')
@@ -297,10 +298,11 @@ def test_blocks_give_what_the_dense_mask_gives(monkeypatch):
     flex._kernel.cache_clear()
     model = build().float()
     x = torch.randn(1, 3, 16, 24)
-    masses = offset_mass(model, [x])
+    sparsify(model, offset_mass(model, [x])[0], 0.4)
     dense, block = copy.deepcopy(model), model
-    binarize(dense, *masses, 0.4, impl='dense')
-    binarize(block, *masses, 0.4, impl='block')
+    for one, impl in ((dense, 'eager'), (block, 'flex')):
+        for layer in one.layers[:2]:
+            layer.attn.attn_impl = impl
     torch.testing.assert_close(block(x)[0], dense(x)[0], rtol=1e-4, atol=1e-5)
     assert flex._kernel.cache_info().currsize == 1
     flex._kernel.cache_clear()
@@ -310,41 +312,32 @@ def test_blocks_give_what_the_dense_mask_gives(monkeypatch):
 def test_what_is_turned_off_gets_no_attention(ones):
     model = build(cls_token_layer=0)
     x = torch.randn(1, 3, 16, 24).double()
-    offsets, mass = binarize(model, *offset_mass(model, [x]), 0.4, ones=ones)
+    kept = sparsify(model, offset_mass(model, [x])[0], 0.4, 'offsets', ones)
+    offsets, _, mass = mean_kept(kept)
     assert 0.4 <= offsets < 0.55
     assert 0 < mass < 1
     layer = model.layers[0].attn
-    assert isinstance(layer, BinarizedAttention)
     tokens = torch.randn(1, 7, 8).double().requires_grad_()
     out = layer(tokens, HW)[0]
     for i in range(6):
         reached = torch.autograd.grad(out[1 + i].sum(), tokens, retain_graph=True)[0]
         for j in range(6):
             dy, dx = j // 3 - i // 3, j % 3 - i % 3
-            kept = bool(layer.keep[:, dy + 1, dx + 2].any())
+            kept = bool(layer.kept[:, dy + 1, dx + 2].any())
             assert bool(reached[0, 1 + j].abs().sum() > 0) == kept
-    prior = layer.attn.prior
     model(x)[0].sum().backward()
-    assert (prior.w1.grad is None) == ones
+    assert (layer.prior.w1.grad.abs().max() == 0) == ones
 
 
 def test_bad_arguments():
     model = build()
     x = torch.randn(1, 3, 16, 24).double()
-    masses = offset_mass(model, [x])
+    masses, _ = offset_mass(model, [x])
     with pytest.raises(ValueError, match=r'`share` must lie in \(0, 1\]'):
-        binarize(model, *masses, 0.0)
+        sparsify(model, masses, 0.0)
     with pytest.raises(ValueError, match="'offsets', 'mass', 'fewest', 'window'"):
-        binarize(model, *masses, 0.5, by='rows')
+        sparsify(model, masses, 0.5, by='rows')
     with pytest.raises(ValueError, match='no SP-SA layer'):
         offset_mass(build(num_spsa_layers=0), [x])
     with pytest.raises(ValueError, match='one size'):
         offset_mass(model, [x, torch.randn(1, 3, 24, 24).double()])
-    attn = model.layers[0].attn
-    with pytest.raises(ValueError, match='keep the zero offset'):
-        BinarizedAttention(attn, torch.zeros(2, 3, 5, dtype=torch.bool), HW)
-    binarize(model, *masses, 0.5)
-    with pytest.raises(ValueError, match='binarised before'):
-        binarize(model, *masses, 0.5)
-    with pytest.raises(ValueError, match=r'grid of 2 x 3 patches, and the image has 3'):
-        model(torch.randn(1, 3, 24, 24).double())

@@ -24,6 +24,7 @@ ATTENTIONS = [
 ]
 VIEWS = ('right', 'up', 'left-down', 'all')
 LOOKHERE = dict(type='LookHereSpatialPrior', views=VIEWS)
+DIRECTED = dict(LOOKHERE, type='LookHereProduct')
 FORMS = {
     'multiply': dict(),
     'add': dict(attn_cfg=dict(combine='add', strength=3.0)),
@@ -33,9 +34,9 @@ FORMS = {
         attn_cfg=dict(combine='both', init_score=2.0), qkv_bias=False
     ),
     'alibi': dict(attn_cfg=dict(combine='add'), prior=dict(type='ALiBiSpatialPrior')),
-    'lookhere, multiply': dict(prior=LOOKHERE),
+    'lookhere, multiply': dict(prior=DIRECTED),
     'lookhere, add': dict(attn_cfg=dict(combine='add'), prior=LOOKHERE),
-    'lookhere, both': dict(attn_cfg=dict(combine='both'), prior=LOOKHERE),
+    'lookhere, both': dict(attn_cfg=dict(combine='both'), prior=DIRECTED),
 }
 
 
@@ -215,6 +216,17 @@ def test_a_model_without_attention_is_refused():
         record_attention(nn.Linear(1, 1)),
     ):
         pass
+
+
+def test_query_attention_leaves_a_model_in_training_as_it_is():
+    model = build(stem='conv', coords_rescale=3.0).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(1, 3, 24, 32).double()
+    first, second = (query_attention(model, x, (2, 1))[0].weights for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_query_attention_reads_the_rows_of_its_patch():

@@ -23,7 +23,7 @@ ATTENTIONS = [
     dict(combine='add'),
     dict(
         combine='both',
-        prior=dict(type='LookHereSpatialPrior', views=('right', 'up', 'left', 'all')),
+        prior=dict(type='LookHereProduct', views=('right', 'up', 'left', 'all')),
     ),
 ]
 

@@ -117,6 +117,7 @@ RELATIONS = dict(
     ALiBiSpatialPrior=alibi,
     KERPLESpatialPrior=kerple,
     LookHereSpatialPrior=look_here,
+    LookHereProduct=look_here,
 )
 
 

@@ -40,7 +40,14 @@ CASES = [
     dict(prior=dict(type='MLPSpatialPrior', coords='scaled')),
     dict(prior=dict(type=Decay)),
     dict(num_spsa_layers=0),
-    *(dict(prior=dict(type=p)) for p in PRIORS if p is not LookHereSpatialPrior),
+    *(
+        dict(
+            prior=dict(type=p),
+            attn_cfg=dict(combine='add' if p.is_bias else 'multiply'),
+        )
+        for p in PRIORS
+        if p is not LookHereSpatialPrior
+    ),
     dict(
         prior=dict(type='LookHereSpatialPrior', views=('left', 'all', 'right-down')),
         attn_cfg=dict(combine='add'),

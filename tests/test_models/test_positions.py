@@ -55,7 +55,9 @@ RELATIVE = dict(type='RelativePositionAttention')
 GATED = dict(type='GatedPositionalAttention')
 METHODS = {
     **{
-        f'{combine}-{name}': Method(dict(combine=combine, strength=0.7), prior)
+        f'{combine}-{name}': Method(
+            dict(combine=combine, strength=1.0 if combine == 'multiply' else 0.7), prior
+        )
         for combine in ('multiply', 'add', 'both')
         for name, prior in PRIORS.items()
     },
@@ -74,7 +76,7 @@ METHODS = {
     'lookhere-90': Method(ADD, LOOKHERE, (12, 24)),
     'lookhere-45': Method(ADD, dict(LOOKHERE, field_of_view=45), (12,)),
     'lookhere-views': Method(ADD, VIEWS, (4,)),
-    'lookhere-multiply': Method({}, VIEWS, (4,)),
+    'lookhere-multiply': Method({}, dict(VIEWS, type='LookHereProduct'), (4,)),
     'rotary-axial': Method(dict(ROTARY, mode='axial')),
     'rotary-mixed': Method(dict(ROTARY, mode='mixed')),
     'rotary-normalized': Method(dict(ROTARY, mode='normalized')),
@@ -670,6 +672,16 @@ HARD = dict(type='WindowSpatialPrior')
         (ADD, dict(VIEWS, field_of_view=400), '`field_of_view` .* 360.* got 400'),
         (ADD, dict(type='LogCPBSpatialPrior', hidden_dims=0), '`hidden_dims`.* got 0'),
         (ADD, dict(type='KERPLESpatialPrior', num_heads=3), 'num_heads=3.*of 4 heads'),
+        (
+            None,
+            dict(type='ALiBiSpatialPrior'),
+            r"ALiBi.* is a bias.*combine='multiply'",
+        ),
+        (dict(combine='both'), VIEWS, r"LookHere.* is a bias.* combine='both'.*'add'"),
+        (dict(strength=2.0), None, "`strength` .*strength=2.0 with combine='multiply'"),
+        (dict(attn_impl='slow'), None, "`attn_impl` .*'chunked'.*'slow'"),
+        (ADD, dict(VIEWS, coords='log'), "`coords` .*'clamped'.*'log'"),
+        (None, dict(type='WindowSpatialPrior', coords='log'), "`coords` .*'log'"),
     ],
 )
 def test_bad_priors(attn, prior, message, share_prior):

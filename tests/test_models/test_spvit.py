@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn as nn
+from mmengine.model.weight_init import PretrainedInit
 from mmengine.runner import load_checkpoint
 from mmengine.utils import digit_version
 from mmpretrain.models.backbones import VisionTransformer
@@ -408,8 +409,10 @@ def test_frozen_stages(frozen_stages):
     assert model.train() is model
     for name, param in model.named_parameters():
         match = re.match(r'layers\.(\d+)', name)
-        stem = name.startswith(('patch_embed', 'pos_embed', 'cls_token', 'prior'))
+        stem = name.startswith(('patch_embed', 'pos_embed', 'prior'))
         frozen = stem or (match is not None and int(match[1]) < frozen_stages)
+        # The class token joins before layer 2.
+        frozen = frozen or (frozen_stages == 4 and name == 'cls_token')
         frozen = frozen or (frozen_stages == 4 and name.startswith('ln1'))
         assert param.requires_grad is not frozen, name
     assert not model.patch_embed.training
@@ -510,13 +513,14 @@ def test_plain_checkpoints_are_taken_for_square():
     torch.testing.assert_close(target.pos_embed[:, 1:], want)
 
 
-def test_plain_checkpoint_of_the_same_oblong_size():
-    kwargs = {**SMALL, 'img_size': (24, 40)}
+@pytest.mark.parametrize('size', [(24, 40), (16, 64)])  # 2 x 8 = 4 x 4 patches
+def test_plain_checkpoint_of_the_same_oblong_size(size):
+    kwargs = {**SMALL, 'img_size': size}
     plain = randomize(VisionTransformer(**kwargs))
     plain.eval()
     model = SPViT(**kwargs, num_spsa_layers=0).eval()
     model.load_state_dict(plain.state_dict(), strict=True)
-    x = torch.randn(1, 3, 24, 40)
+    x = torch.randn(1, 3, *size)
     assert torch.equal(model(x)[0], plain(x)[0])
 
 
@@ -564,6 +568,36 @@ def test_dense_prior_learns_the_training_grid_from_a_classifier():
     assert target.layers[0].attn.prior.train_grid.tolist() == [8, 16]
     target.load_state_dict(build().state_dict(), strict=True)
     assert target.layers[0].attn.prior.train_grid.tolist() == [4, 4]
+
+
+def test_a_new_prior_keeps_its_grid_beside_a_checkpoint_without_priors():
+    prior = dict(type='MLPSpatialPrior', coords='clamped')
+    target = build(img_size=(64, 128), prior=prior)
+    target.load_state_dict(build(num_spsa_layers=0).state_dict(), strict=False)
+    assert target.layers[0].attn.prior.train_grid.tolist() == [8, 16]
+
+
+@pytest.mark.parametrize('kind', ['Pretrained', PretrainedInit])
+def test_a_pretrained_file_among_others_is_not_drawn_over(kind, tmp_path):
+    source = randomize(build(start='released'))
+    torch.save({'state_dict': source.state_dict()}, tmp_path / 'vit.pth')
+    drawn = dict(type='TruncNormal', layer='Linear', std=0.02)
+    loaded = dict(type=kind, checkpoint=str(tmp_path / 'vit.pth'))
+    for init_cfg in ([drawn, loaded], loaded):
+        model = build(start='released', init_cfg=init_cfg)
+        model.init_weights()
+        for name in ('pos_embed', 'cls_token'):
+            assert torch.equal(getattr(model, name), getattr(source, name))
+    model = build(start='released', init_cfg=[drawn])
+    model.init_weights()
+    assert model.cls_token.abs().max() > 0
+
+
+def test_a_class_token_behind_the_frozen_layers_learns():
+    for layer, learns in ((0, False), (1, True), (2, True)):
+        model = build(frozen_stages=1, cls_token_layer=layer).train()
+        assert model.cls_token.requires_grad == learns
+        assert not model.pos_embed.requires_grad
 
 
 def test_pretrained_init_cfg_loads_a_file(tmp_path):

@@ -481,7 +481,6 @@ WRITERS = {
     'benchmarks/digits_token_labeling.py': '--work-dir {out}',
     'benchmarks/draw_studies.py': '--out-dir {out}',
     'benchmarks/speed.py': '--out-dir {out}',
-    'benchmarks/memory.py': '--out {out}.csv',
 }
 
 

@@ -1,6 +1,8 @@
 """Deploy form and export, by their command lines."""
 
+import copy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -8,10 +10,19 @@ import onnxruntime
 import pytest
 import torch
 from mmcv.cnn.bricks.transformer import AdaptivePadding
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS
+from mmseg.models import SegDataPreProcessor
 from torch import nn
 
-from spvit_mm.apis import build_model, export, load_config, load_trained_model
+from spvit_mm.apis import (
+    build_model,
+    export,
+    load_config,
+    load_trained_model,
+    reverses_channels,
+)
 from spvit_mm.utils import UserError, whole_file
 
 from .test_train_test import command, fails
@@ -189,7 +200,7 @@ BOTH = CONFIG.replace(
     'with_peg=True,',
     """
         attn_cfg=dict(combine='both', init_score=1.0), qkv_bias=False,
-        prior=dict(type='LookHereSpatialPrior', views=('right', 'up')),""",
+        prior=dict(type='WindowSpatialPrior', window=5, masked=True),""",
 )
 
 
@@ -297,6 +308,28 @@ def test_program_of_any_size(tmp_path):
     for size in [(24, 48), (48, 24), (32, 32), (33, 71)]:
         images = torch.randn(1, 3, *size)
         torch.testing.assert_close(run(images), logits(model, images))
+
+
+@pytest.mark.parametrize('scope', ['mmpretrain', 'mmseg', 'original mmseg'])
+def test_reversed_channels_are_known(scope):
+    if scope == 'mmpretrain':
+        kind = dict(type='mmpretrain.ClsDataPreprocessor')
+        plain, turned = (MODELS.build(dict(kind, to_rgb=x)) for x in (False, True))
+    else:
+        turned, plain = (SegDataPreProcessor(bgr_to_rgb=x) for x in (True, False))
+        if scope == 'original mmseg':
+            plain, turned = (
+                SimpleNamespace(channel_conversion=x) for x in (False, True)
+            )
+    assert [reverses_channels(x) for x in (plain, turned)] == [False, True]
+
+
+def test_a_model_in_training_is_exported_as_it_is_in_evaluation():
+    model = build_model(Config.fromstring(CONFIG, '.py')).train()
+    images = torch.rand(2, 3, 32, 32)
+    expected = logits(copy.deepcopy(model).eval(), images)
+    exported = export.prepare(model, (32, 32))
+    torch.testing.assert_close(exported(images), expected)
 
 
 def test_one_grid_is_not_any_size(trained, tmp_path, capsys):

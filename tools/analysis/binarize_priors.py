@@ -82,8 +82,8 @@ def main(argv: list) -> None:
         load_trained_model,
     )
     from spvit_mm.apis import sparsify as api
-    from spvit_mm.explain import binarize, offset_mass, why_no_priors
-    from spvit_mm.explain.binarize import describe_kept, mean_kept
+    from spvit_mm.explain import offset_mass, sparsify, why_no_priors
+    from spvit_mm.explain.binarize import mean_kept
     from spvit_mm.utils import (
         UserError,
         check_new_picture,
@@ -109,7 +109,7 @@ def main(argv: list) -> None:
     with building(f'The training data of {args.config}'):
         train = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
     images = list(api.training_images(cfg, model, args.mass_batches))
-    masses, grid = offset_mass(model, images)
+    masses, _ = offset_mass(model, images)
     example = images[0][:1]
     wrong = first_not_finite((name, m.mass) for name, m in masses.items())
     if wrong:
@@ -121,20 +121,17 @@ def main(argv: list) -> None:
     rows = []
     for share in sorted(args.keep, reverse=True):
         one = deepcopy(model)
-        kept = binarize(one, masses, grid, share, args.by, args.ones)
+        kept = sparsify(one, masses, share, args.by, args.ones)
+        offsets, pairs, mass = mean_kept(kept)
         metric, value = api.evaluate(one, *test)
-        row = [share, *kept, value / 100]
+        row = [share, offsets, mass, value / 100]
         if args.finetune:
             finetune(one, train, cfg.optim_wrapper, args)
             row.append(api.evaluate(one, *test)[1] / 100)
         if args.time:
-            layers = [
-                describe_kept(name, one.get_submodule(name).keep, mass)
-                for name, (_, mass) in masses.items()
-            ]
             old, new = api.time_forwards([model, one], example)
-            computed = sum(layer.computed for layer in layers) / len(layers)
-            row += [mean_kept(layers)[1], computed, new / old]
+            computed = sum(layer.computed for layer in kept) / len(kept)
+            row += [pairs, computed, new / old]
         if not rows:
             header = ['keep', 'offsets', 'mass']
             header += ['accuracy' if metric == 'accuracy/top1' else metric]

@@ -59,7 +59,13 @@ def parse_args(argv: list) -> argparse.Namespace:
 def main(argv: list) -> None:
     import torch
 
-    from spvit_mm.apis import export, image_shape, load_config, load_trained_model
+    from spvit_mm.apis import (
+        export,
+        image_shape,
+        load_config,
+        load_trained_model,
+        reverses_channels,
+    )
     from spvit_mm.utils import UserError, check_new_file, whole_file
 
     args = parse_args(argv)
@@ -116,11 +122,7 @@ def main(argv: list) -> None:
             [round(float(x), 3) for x in getattr(preprocessor, name).flatten()]
             for name in ('mean', 'std')
         )
-        # The names of mmpretrain's and of mmsegmentation's preprocessor.
-        swap = any(
-            getattr(preprocessor, name, False)
-            for name in ('to_rgb', 'channel_conversion')
-        )
+        swap = reverses_channels(preprocessor)
         print(
             f'Its images: pixels of 0 to 255, as the config loads them'
             f'{" with the channels reversed" if swap else ""}, minus {mean}, over {std}.'

@@ -187,7 +187,7 @@ def main(argv: list) -> None:
         masses, grid = offset_mass(masked, seen(images))
     except ValueError as error:  # images of another grid than that of a deploy form
         raise UserError(f'{args.checkpoint} cannot be measured: {error}') from error
-    kept = sparsify(masked, masses, grid, args.keep_mass, args.by)
+    kept = sparsify(masked, masses, args.keep_mass, args.by)
     print_kept(kept, grid, args)
 
     if test:

@@ -85,18 +85,7 @@ class DataCheckHook(Hook):
 
     before_val_iter = before_test_iter = before_train_iter
 
-    def after_train_epoch(self, runner) -> None:
-        self._report(runner)
-
-    # An iteration loop has a single epoch, whose end can be days away.
-
-    def before_val_epoch(self, runner) -> None:
-        self._report(runner)
-
-    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        self._report(runner)
-
-    def _report(self, runner) -> None:
+    def after_train_epoch(self, runner, checkpoint=None) -> None:
         count = int(self._skipped) if self._skipped is not None else 0
         if count > self._reported:
             runner.logger.warning(
@@ -104,3 +93,6 @@ class DataCheckHook(Hook):
                 '(each time that one is drawn counts); they are named above.'
             )
             self._reported = count
+
+    # An iteration loop has a single epoch, whose end can be days away.
+    before_val_epoch = before_save_checkpoint = after_train_epoch

@@ -44,12 +44,6 @@ class FiniteHook(Hook):
     """
 
     def before_train(self, runner) -> None:
-        self._check_start(runner)
-
-    def before_test(self, runner) -> None:
-        self._check_start(runner)
-
-    def _check_start(self, runner) -> None:
         name = first_not_finite(unwrap_model(runner.model).state_dict().items())
         if name is not None:
             origin = runner.cfg.get('load_from')
@@ -61,6 +55,8 @@ class FiniteHook(Hook):
                     else 'Look for the arguments of that part in the model config.'
                 )
             )
+
+    before_test = before_train
 
     def after_train_iter(
         self,

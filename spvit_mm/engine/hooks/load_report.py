@@ -145,8 +145,4 @@ class LoadReportHook(Hook):
     def before_train(self, runner) -> None:
         self._watch.close()
 
-    def before_val(self, runner) -> None:
-        self._watch.close()
-
-    def before_test(self, runner) -> None:
-        self._watch.close()
+    before_val = before_test = before_train

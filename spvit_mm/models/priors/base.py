@@ -60,6 +60,8 @@ def relative_offsets(hw, device='cpu'):
 
 
 COORDS = ('raw', 'scaled', 'clamped', 'log', 'swinv2')
+# Those that count patches, as a table, a window or an angle needs it.
+PATCH_COORDS = ('raw', 'scaled', 'clamped')
 # Those that have to know the grid of the training.
 COORDS_OF_A_GRID = ('scaled', 'clamped', 'swinv2')
 
@@ -127,6 +129,8 @@ class SpatialPrior(BaseModule):
     """
 
     COORDS = COORDS
+    # Whether its values are those of a bias, which make no sense as a factor.
+    is_bias = False
 
     def __init__(self, num_heads, grid=None, coords='raw', init_cfg=None):
         super().__init__(init_cfg=init_cfg)

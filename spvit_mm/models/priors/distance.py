@@ -11,7 +11,7 @@ import torch.nn as nn
 from mmpretrain.registry import MODELS
 
 from ..checks import check_int
-from .base import SpatialPrior
+from .base import PATCH_COORDS, SpatialPrior
 
 
 @MODELS.register_module()
@@ -27,6 +27,8 @@ class ALiBiSpatialPrior(SpatialPrior):
         num_heads (int): Number of heads.
         **kwargs: ``grid``, ``coords`` and ``init_cfg`` of :class:`SpatialPrior`.
     """
+
+    is_bias = True
 
     def __init__(self, num_heads, **kwargs):
         super().__init__(num_heads, **kwargs)
@@ -53,6 +55,8 @@ class KERPLESpatialPrior(SpatialPrior):
         num_heads (int): Number of heads.
         **kwargs: ``grid``, ``coords`` and ``init_cfg`` of :class:`SpatialPrior`.
     """
+
+    is_bias = True
 
     def __init__(self, num_heads, **kwargs):
         super().__init__(num_heads, **kwargs)
@@ -92,6 +96,8 @@ class LookHereSpatialPrior(SpatialPrior):
         ValueError: For a number of heads that does not split, or other views.
     """
 
+    is_bias = True
+    COORDS = PATCH_COORDS
     DIRECTIONS = {
         'right': (1, 0),
         'left': (-1, 0),

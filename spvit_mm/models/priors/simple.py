@@ -9,10 +9,7 @@ from mmpretrain.registry import MODELS
 
 from ...ops.compat import compute_dtype, is_free
 from ..checks import check_choice, check_flags
-from .base import SpatialPrior, place_offsets, relative_offsets
-
-# Where a table can be read: offsets in units of its own entries.
-TABLE_COORDS = ('raw', 'scaled', 'clamped')
+from .base import PATCH_COORDS, SpatialPrior, place_offsets, relative_offsets
 
 
 @MODELS.register_module()
@@ -67,9 +64,10 @@ class TableSpatialPrior(SpatialPrior):
         ValueError: If there is no ``grid``, or ``coords`` is none of these.
     """
 
+    COORDS = PATCH_COORDS
+
     def __init__(self, num_heads, grid=None, coords='scaled', **kwargs):
         check_grid(grid, type(self).__name__)
-        check_choice('coords', coords, TABLE_COORDS)
         super().__init__(num_heads, grid=grid, coords=coords, **kwargs)
         shape = (num_heads, *table_size(self.grid))
         self.table = nn.Parameter(torch.ones(shape))
@@ -134,6 +132,7 @@ class WindowSpatialPrior(SpatialPrior):
         ValueError: If a size, the sharpness or the shape is not one of these.
     """
 
+    COORDS = PATCH_COORDS
     SHAPES = ('square', 'cross')
 
     def __init__(
