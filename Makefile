@@ -72,7 +72,7 @@ $(READY_OPENMMLAB): requirements/openmmlab.txt setup.cfg pyproject.toml
 	@touch $@
 
 test-openmmlab: $(READY_OPENMMLAB)
-	$(VENV_OPENMMLAB)/bin/python -m pytest -q -n 2 -m 'not slow'
+	PYTHONPATH=$(abspath tests/openmmlab) $(VENV_OPENMMLAB)/bin/python -m pytest -q -n 2 -m 'not slow'
 
 smoke-openmmlab: $(READY_OPENMMLAB)
 	$(VENV_OPENMMLAB)/bin/python tests/smoke_openmmlab.py
