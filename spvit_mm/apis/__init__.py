@@ -9,7 +9,7 @@ from spvit_mm_cli import (
 )
 
 from .cli import building, run_cli
-from .complexity import attention_flops, register_flop_counter
+from .complexity import attention_flops
 from .configs import (
     beside,
     build_model,
@@ -72,7 +72,6 @@ __all__ = [
     'number',
     'parse_test_args',
     'parse_train_args',
-    'register_flop_counter',
     'run_cli',
     'scope_of',
 ]

@@ -1,6 +1,5 @@
 """Attention products in mmengine's count of operations."""
 
-from collections.abc import Callable
 from math import prod
 
 from mmengine.analysis import complexity_analysis
@@ -41,22 +40,12 @@ def baddbmm_flops(inputs, outputs) -> int:
     return prod(left) * right[-1]
 
 
-def register_flop_counter(op: str, counter: Callable = attention_flops) -> None:
-    """Let mmengine's analysis count an operator that it does not know.
-
-    Counters that are there already are kept, so that this can be called again.
-
-    Args:
-        op (str): The operator's name in a trace, such as
-            ``'aten::scaled_dot_product_attention'``.
-        counter (callable): Takes the traced inputs and outputs, returns the number
-            of multiply-adds. Defaults to :func:`attention_flops`.
-    """
+# Those that mmengine, or another package, counts already are kept.
+for op, counter in {
+    'aten::scaled_dot_product_attention': attention_flops,
+    'aten::baddbmm': baddbmm_flops,
+}.items():
     complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(op, counter)
     complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS.setdefault(
         op, generic_activation_jit()
     )
-
-
-register_flop_counter('aten::scaled_dot_product_attention')
-register_flop_counter('aten::baddbmm', baddbmm_flops)

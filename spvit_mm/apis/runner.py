@@ -14,7 +14,7 @@ from mmengine.runner import BaseLoop, Runner
 from mmengine.utils import mkdir_or_exist
 
 from ..datasets.checks import naming_empty_data
-from ..utils import UserError, make_writable
+from ..utils import UserError, check_new_folder
 from .cli import building
 from .configs import check_entries, scope_of
 
@@ -48,8 +48,6 @@ def merge_common_args(cfg: Config, args, needed: tuple) -> None:
             f'--work-dir (work_dir of the config) must name a folder, got '
             f'{cfg.work_dir!r}.'
         )
-    if osp.exists(cfg.work_dir) and not osp.isdir(cfg.work_dir):
-        raise UserError(f'The work dir {cfg.work_dir} is a file, not a folder.')
 
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -158,7 +156,7 @@ def build_runner(cfg: Config, *mixins: type) -> Runner:
     Raises:
         UserError: For a mistake in the config.
     """
-    make_writable(cfg.work_dir, 'The work dir')
+    cfg.work_dir = check_new_folder(cfg.work_dir)
     distribute_on_cpu(cfg)
     kind = cfg.get('runner_type', 'Runner')
     if isinstance(kind, str):

@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from mmpretrain.engine import VisualizationHook
 
 from ..engine.hooks import DataCheckHook, FiniteHook, LoadReportHook
-from ..utils import UserError, make_writable
+from ..utils import UserError, check_new_file, check_new_folder
 from .config_checks import check_config
 from .configs import check_checkpoint, scope_of
 from .runner import (
@@ -31,6 +31,8 @@ ENTRIES = (
     *('model', 'data_preprocessor', 'test_cfg', 'test_dataloader', 'test_evaluator'),
     *('default_hooks', 'custom_hooks'),
 )
+# What metrics are written to, beside a pickle.
+METRICS = ('.json', '.yaml', '.yml')
 
 
 def merge_test_args(cfg: Config, args: argparse.Namespace) -> Config:
@@ -48,25 +50,21 @@ def merge_test_args(cfg: Config, args: argparse.Namespace) -> Config:
     cfg.resume = False
     if args.out_item is not None and args.out is None:
         raise UserError('--out-item says what --out receives: give --out too.')
-    suffix = osp.splitext(args.out or '')[1]
     segmentation = scope_of(cfg) == 'mmseg'
-    if args.out is not None and args.out_item == 'metrics':
-        if suffix not in ('.json', '.yaml', '.yml', '.pkl', '.pickle'):
-            raise UserError(f'--out must end in .json, .yaml or .pkl, got {args.out}.')
-    elif args.out is not None and suffix not in ('.pkl', '.pickle'):
-        if not segmentation or suffix:
-            raise UserError(f'--out must end in .pkl, got {args.out}.')
+    metrics = args.out_item == 'metrics'
+    if args.out and segmentation and not metrics and not osp.splitext(args.out)[1]:
         if not isinstance(cfg.test_evaluator, dict):
             raise UserError('--out with a folder needs a single test_evaluator.')
-        make_writable(args.out, '--out')
-        cfg.test_evaluator.update(output_dir=args.out, keep_results=True)
+        folder = check_new_folder(args.out)
+        cfg.test_evaluator.update(output_dir=folder, keep_results=True)
         args.out = None
-    if args.out is not None and osp.isdir(args.out):
-        raise UserError(f'--out must be a file, and {args.out} is a folder.')
-    if args.out is not None:
-        make_writable(osp.dirname(osp.abspath(args.out)), '--out: the folder')
+    elif args.out is not None:
+        suffixes = (*(METRICS if metrics else ()), '.pkl', '.pickle')
+        args.out = check_new_file(args.out, suffixes, force=True)
     if args.amp:
         cfg.test_cfg.fp16 = True
+    if args.show_dir is not None:
+        args.show_dir = check_new_folder(args.show_dir)
     if args.show or args.show_dir is not None:
         if args.tta and not segmentation:
             # mmpretrain's hook draws on the input, here a list of images.
@@ -75,8 +73,6 @@ def merge_test_args(cfg: Config, args: argparse.Namespace) -> Config:
                 'once with each.'
             )
         _set_visualization(cfg, args)
-    if args.show_dir is not None:
-        make_writable(args.show_dir, '--show-dir')
     if args.tta:
         _set_tta(cfg)
     set_dataloader_defaults(cfg, args, ('test_dataloader',))

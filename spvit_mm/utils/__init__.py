@@ -18,8 +18,6 @@ from .figures import figure_to_image, new_figure, save_figure
 from .files import (
     check_new_file,
     check_new_folder,
-    check_new_picture,
-    make_writable,
     whole_file,
     write_csv,
 )
@@ -36,11 +34,9 @@ __all__ = [
     'check_checkpoint_file',
     'check_new_file',
     'check_new_folder',
-    'check_new_picture',
     'describe_error',
     'figure_to_image',
     'first_not_finite',
-    'make_writable',
     'new_figure',
     'read_checkpoint',
     'safe_loader',

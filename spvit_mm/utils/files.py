@@ -81,31 +81,6 @@ def check_new_file(
     return path
 
 
-def check_new_picture(path: str, suffixes: tuple = ('.png',)) -> str:
-    """:func:`check_new_file` for a picture, which may replace that of an earlier call."""
-    return check_new_file(path, suffixes, force=True)
-
-
-def make_writable(folder: str, what: str) -> None:
-    """Make a folder, if there is none, and see that files can be written to it.
-
-    Args:
-        folder (str): The folder.
-        what (str): What it is, for the message, such as 'The work dir'.
-
-    Raises:
-        UserError: If it cannot be made, or nothing can be written to it.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f'{what} {folder} cannot be written to: {error.strerror}.'
-        ) from error
-
-
 @contextmanager
 def whole_file(path: str) -> Iterator[str]:
     """A name beside ``path`` to write to; renamed to ``path`` when all went well.

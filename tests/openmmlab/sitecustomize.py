@@ -5,6 +5,7 @@ this file at its start where the folder is in PYTHONPATH, as in `make test-openm
 """
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
@@ -19,4 +20,6 @@ class Operators(ModuleType):
         return missing
 
 
-sys.modules['mmcv._ext'] = Operators('mmcv._ext')
+operators = sys.modules['mmcv._ext'] = Operators('mmcv._ext')
+# mmengine asks for its loader: there is none, so this is no full mmcv.
+operators.__spec__ = ModuleSpec('mmcv._ext', None)

@@ -393,13 +393,13 @@ CASES = [
     Case('a work dir without a name', '--work-dir', arguments="--work-dir=''"),
     Case(
         'a work dir that is a file',
-        'is a file, not a folder.',
+        'taken is not a folder.',
         arguments='--work-dir {root}/taken',
         prepare=a_file('taken'),
     ),
     Case(
         'a work dir that nobody can write to',
-        'The work dir /proc/spvit_mm cannot be written to: ',
+        'Nothing can be written to the folder /proc/spvit_mm: ',
         arguments='--work-dir /proc/spvit_mm',
     ),
     Case(
@@ -652,21 +652,21 @@ CASES = [
     ),
     Case(
         'results where nobody can write',
-        '--out: the folder /proc cannot be written to: ',
+        'Nothing can be written to the folder /proc: ',
         arguments='--out /proc/p.pkl',
         prepare=good_weights,
         tool=TEST,
     ),
     Case(
         'pictures where nobody can write',
-        '--show-dir /proc/p cannot be written to: ',
+        'Nothing can be written to the folder /proc/p: ',
         arguments='--show-dir /proc/p',
         prepare=good_weights,
         tool=TEST,
     ),
     Case(
         'results of an unknown format',
-        '--out must end in .pkl, got p.txt.',
+        'p.txt must end in .pkl or .pickle.',
         arguments='--out p.txt',
         prepare=good_weights,
         tool=TEST,

@@ -183,8 +183,8 @@ def test_mistakes_are_named_before_the_work(trained, tmp_path, capsys, monkeypat
     common = (TOOL, CONFIG, trained, out)
     for share in (0, 1.5, -1):
         line = fails(capsys, *common, '--keep-mass', share)
-        assert 'a share in (0, 1]' in line
-    assert '0 or more' in fails(capsys, *common, '--finetune', -1)
+        assert 'takes numbers above 0 up to 1' in line
+    assert 'takes whole numbers' in fails(capsys, *common, '--finetune', -1)
     assert 'must end in .pth' in fails(capsys, *common[:3], tmp_path / 'a.txt')
     (tmp_path / 'a.py').write_text('precious')
     assert 'a.py exists' in fails(capsys, *common)
@@ -193,9 +193,9 @@ def test_mistakes_are_named_before_the_work(trained, tmp_path, capsys, monkeypat
     mine = (TOOL, config, trained, tmp_path / 'mine.pth', '--force')
     assert 'would replace what it is made of' in fails(capsys, *mine)
     new = (*common[:3], tmp_path / 'b.pth', '--cfg-options')
-    assert 'has no train_dataloader' in fails(capsys, *new, 'train_dataloader=None')
+    assert 'lacks train_dataloader' in fails(capsys, *new, 'train_dataloader=None')
     lr = ('--finetune', 1, '--cfg-options', 'optim_wrapper=None')
-    assert 'has no optim_wrapper' in fails(capsys, *new[:4], *lr)
+    assert 'lacks optim_wrapper' in fails(capsys, *new[:4], *lr)
 
     # Checkpoints without priors, or with others.
     for changes, words in (

@@ -86,7 +86,7 @@ def main(argv: list) -> None:
     from spvit_mm.explain.binarize import mean_kept
     from spvit_mm.utils import (
         UserError,
-        check_new_picture,
+        check_new_file,
         first_not_finite,
         save_figure,
         write_csv,
@@ -95,7 +95,7 @@ def main(argv: list) -> None:
     args = parse_args(argv)
     if args.out is None:
         args.out = beside(args.checkpoint, 'binarized.png')
-    out = check_new_picture(args.out)
+    out = check_new_file(args.out, ('.png',), force=True)
     cfg = load_config(args.config, args.cfg_options)
     model, _ = load_trained_model(cfg, args.checkpoint)
     missing = why_no_priors(model)

@@ -9,7 +9,7 @@ Writes the checkpoint OUT.pth and its config OUT.py.
 import argparse
 import os.path as osp
 
-from spvit_mm_cli import ArgumentParser, add_cfg_options, start
+from spvit_mm_cli import ArgumentParser, add_cfg_options, number, start
 
 
 def parse_args(argv: list) -> argparse.Namespace:
@@ -21,7 +21,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     )
     parser.add_argument(
         '--keep-mass',
-        type=float,
+        type=number(0, 1, float, above=True),
         default=0.98,
         metavar='SHARE',
         help='share of the attention between patches that each head keeps, in (0, 1] '
@@ -44,14 +44,14 @@ def parse_args(argv: list) -> argparse.Namespace:
     )
     parser.add_argument(
         '--mass-batches',
-        type=int,
+        type=number(1),
         default=4,
         metavar='N',
         help='batches of the training data to measure the attention on (default: 4)',
     )
     parser.add_argument(
         '--finetune',
-        type=int,
+        type=number(0),
         default=0,
         metavar='EPOCHS',
         help='train for these epochs with the masks, at a constant learning rate '
@@ -59,7 +59,7 @@ def parse_args(argv: list) -> argparse.Namespace:
     )
     parser.add_argument(
         '--lr-factor',
-        type=float,
+        type=number(0, kind=float, above=True),
         default=0.1,
         help='learning rate of the fine-tuning over that of the config (default: 0.1)',
     )
@@ -79,13 +79,6 @@ def parse_args(argv: list) -> argparse.Namespace:
     )
     add_cfg_options(parser)
     args = parser.parse_args(argv)
-    if not 0 < args.keep_mass <= 1:
-        parser.error(f'--keep-mass takes a share in (0, 1], got {args.keep_mass}.')
-    if args.finetune < 0 or args.mass_batches < 1 or not args.lr_factor > 0:
-        parser.error(
-            '--finetune must be 0 or more, --mass-batches 1 or more and --lr-factor '
-            'positive.'
-        )
     parser.check_paths([args.config], [args.checkpoint])
     return args
 
@@ -106,14 +99,13 @@ def check_outputs(args) -> tuple[str, str]:
 
 def check_config(cfg, args) -> None:
     """Name what the config lacks."""
+    from spvit_mm.apis import check_entries
     from spvit_mm.apis.sparsify import finetune_config
-    from spvit_mm.utils import UserError
 
-    needed = ['test_dataloader' if args.data else 'train_dataloader']
-    needed += ['train_dataloader', 'optim_wrapper'] if args.finetune else []
-    absent = [name for name in needed if not cfg.get(name)]
-    if absent:
-        raise UserError(f'The config {args.config} has no {", ".join(absent)}.')
+    needed = {'test_dataloader': args.data, 'train_dataloader': not args.data}
+    if args.finetune:
+        needed.update(train_dataloader=True, optim_wrapper=True)
+    check_entries(cfg, [name for name, used in needed.items() if used])
     if args.finetune:
         finetune_config(cfg, args.finetune, args.lr_factor)
 

@@ -56,14 +56,14 @@ def main(argv: list) -> None:
         write_focus,
         write_gif,
     )
-    from spvit_mm.utils import UserError, check_new_picture, save_figure
+    from spvit_mm.utils import UserError, check_new_file, save_figure
 
     args = parse_args(argv)
     if args.compare and len(args.checkpoint) > 1:
         raise UserError('--compare takes one checkpoint of each model, not a strip.')
     if args.out is None:
         args.out = beside(args.checkpoint[-1], 'priors.png')
-    out = check_new_picture(args.out, ('.png', '.gif'))
+    out = check_new_file(args.out, ('.png', '.gif'), force=True)
     animated = osp.splitext(out)[1] == '.gif'
     if animated and len(args.checkpoint) < 2:
         raise UserError(

@@ -64,7 +64,7 @@ def parse_args(argv: list) -> argparse.Namespace:
 def main(argv: list) -> None:
     from spvit_mm.apis import beside, load_classifier, load_samples
     from spvit_mm.explain import draw_relevance
-    from spvit_mm.utils import UserError, check_new_picture, save_figure
+    from spvit_mm.utils import UserError, check_new_file, save_figure
 
     args = parse_args(argv)
     if 'gradcam' in args.methods and find_spec('pytorch_grad_cam') is None:
@@ -73,7 +73,7 @@ def main(argv: list) -> None:
         )
     if args.out is None:
         args.out = beside(args.checkpoint, 'relevance.png')
-    out = check_new_picture(args.out)
+    out = check_new_file(args.out, ('.png',), force=True)
 
     columns, captions, rows, pictures = [], [], [], None
     for config, checkpoint in [(args.config, args.checkpoint), args.compare]:

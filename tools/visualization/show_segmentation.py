@@ -52,7 +52,7 @@ def main(argv: list) -> None:
     from spvit_mm.datasets import checks
     from spvit_mm.utils import (
         UserError,
-        check_new_picture,
+        check_new_file,
         first_not_finite,
         new_figure,
         save_figure,
@@ -60,7 +60,7 @@ def main(argv: list) -> None:
     )
 
     args = parse_args(argv)
-    out = check_new_picture(args.out)
+    out = check_new_file(args.out, ('.png',), force=True)
     cfg = load_config(args.config, args.cfg_options)
     if scope_of(cfg) != 'mmseg':
         raise UserError(
