@@ -65,13 +65,16 @@ def comparison_table(rows: list[dict]) -> str:
         '| --- | --- | --- | --- | --- | --- | --- |',
     ]
     for row in rows:
-        cells = [row['setting'], f'{row["mean"]:.2f}', f'{row["std"]:.2f}']
+        std = '' if np.isnan(row['std']) else f'{row["std"]:.2f}'
+        cells = [row['setting'], f'{row["mean"]:.2f}', std]
         if row['setting'] == row['against']:
             cells += [''] * 4
         else:
             low, high = (row['difference'] + s * row['interval'] for s in (-1, 1))
             cells += [f'{row["difference"]:+.2f}', row['against']]
-            cells += [f'{low:+.2f} .. {high:+.2f}', f'{row["p_holm"]:.3f}']
+            one = np.isnan(row['interval'])
+            cells += ['one seed' if one else f'{low:+.2f} .. {high:+.2f}']
+            cells += ['' if one else f'{row["p_holm"]:.3f}']
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 

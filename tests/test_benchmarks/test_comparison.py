@@ -54,7 +54,8 @@ def test_each_setting_has_its_own_baseline():
 
 
 def test_few_or_equal_seeds():
-    (one, _) = compare({'a': [1.0], 'b': [2.0]}, {'a': 'b', 'b': 'b'})
+    (one, _) = rows = compare({'a': [1.0], 'b': [2.0]}, {'a': 'b', 'b': 'b'})
+    assert '| a | 1.00 |  | -1.00 | b | one seed |  |' in comparison_table(rows)
     assert np.isnan([one['std'], one['interval'], one['p'], one['p_holm']]).all()
     shifted = compare({'a': [1.0, 3.0], 'b': [2.0, 4.0]}, {'a': 'b', 'b': 'b'})[0]
     assert (shifted['interval'], shifted['p']) == (0, 0)
