@@ -13,17 +13,10 @@ import csv
 import json
 from pathlib import Path
 
-from comparison import (
-    compare,
-    comparison_table,
-    draw_curves,
-    draw_differences,
-    draw_values,
-    values_table,
-)
-from experiments import final
+from comparison import compare, comparison_table, draw_curves, draw_differences
+from experiments import ACCURACY, Run, final
 from measuring import check_folder, write_csv
-from study import load_study, plain_metrics, tuned_metrics
+from study import accuracies_at_sizes, draw_sizes, load_study
 
 from spvit_mm.utils import new_figure, save_figure
 
@@ -99,26 +92,29 @@ def draw_record(path: Path, out_dir: Path) -> None:
     rows = [x for own in tables.values() for x in own if x['setting'] != x['against']]
     write_csv(out_dir / f'{path.stem}.csv', rows)
 
-    sizes = {'image at test': {}, 'image at test, factor of the coordinates tuned': {}}
-    for setting, results in record.items():
-        tests = [{x['name']: x for x in own['tests'].values()} for own in results]
-        for table, read in zip(sizes, (plain_metrics, tuned_metrics), strict=True):
-            own = [read(x) for x in tests]
-            sizes[table][setting] = {name: [x[name] for x in own] for name in own[0]}
-    sizes = {title: table for title, table in sizes.items() if any(table.values())}
-
+    runs = [
+        Run(
+            setting,
+            x['seed'],
+            x['key'],
+            None,
+            {k: test['name'] for k, test in x['tests'].items()},
+            ACCURACY,
+        )
+        for setting, own in record.items()
+        for x in own
+    ]
+    results = [x for own in record.values() for x in own]
+    sizes = accuracies_at_sizes(runs, results) if runs[0].tests else {}
     figure = new_figure(12 + 6 * len(sizes), 5)
     axes = figure.subplots(1, 2 + len(sizes))
     methods = {k: v for k, v in ends.items() if k != 'none'}
     draw_differences(axes[0], compare(methods, dict.fromkeys(methods, BASELINES[1])))
     axes[0].set_title(f'to {BASELINES[1]!r}')
     draw_curves(axes[1], {k: [x['curve'] for x in own] for k, own in record.items()})
-    for axis, (title, table) in zip(axes[2:], sizes.items(), strict=True):
-        names = list(table['none'])
-        values = {setting: list(own.values()) for setting, own in table.items()}
-        print(f'\n{values_table(names, values, title)}')
-        draw_values(axis, names, values)
-        axis.set(xlabel=title, ylabel='top-1 (%), mean over seeds')
+    against = dict.fromkeys(record, BASELINES[0])
+    for axis, (name, found) in zip(axes[2:], sizes.items(), strict=True):
+        draw_sizes(axis, name, runs, found, against)
     save_figure(figure, str(out_dir / f'{path.stem}.png'), dpi=90)
 
 

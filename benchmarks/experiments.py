@@ -172,12 +172,11 @@ def resized(cfg: Config, size: tuple[int, int]) -> dict:
 def rescale_coords(model: torch.nn.Module, factor: float) -> None:
     """Multiply the coordinates that every attention of a SPViT sees by a factor."""
 
-    def enter(layer, args):
-        *args, _ = args
-        return (*args, args[0].new_full((2,), factor))
-
     for layer in model.backbone.layers:
-        layer.register_forward_pre_hook(enter)
+        # Tokens, grid and omega stay; the last argument is `rescale`.
+        layer.register_forward_pre_hook(
+            lambda _, args: (*args[:3], args[0].new_full((2,), factor))
+        )
 
 
 def check_image_folders(option: str, root, *splits: str) -> None:

@@ -372,6 +372,23 @@ def accuracies_at_sizes(runs: list[Run], results: list[dict]) -> dict[str, list[
     return tables
 
 
+def draw_sizes(
+    axis, name: str, runs: list[Run], accuracies: list[dict], against: dict
+) -> list[dict]:
+    """Print and draw the accuracies by size; the rows of their comparison.
+
+    ``name`` is that of the table in :func:`accuracies_at_sizes`, the others are as of
+    :func:`compare_tests`.
+    """
+    rows, values = compare_tests(runs, accuracies, against)
+    sizes = list(accuracies[0])
+    factor = ', factor of the coordinates tuned' if name == 'tuned' else ''
+    print(f'\n{values_table(sizes, values, f"setting, tested at{factor}")}')
+    draw_values(axis, sizes, values)
+    axis.set(xlabel=f'image at test{factor}', ylabel='top-1 (%), mean over seeds')
+    return rows
+
+
 def report(title: str, study: dict, runs: list[Run], results: list, out: Path) -> None:
     """Print the tables; write them as CSV, and one picture."""
     rows = summarize(study, runs, results)
@@ -386,13 +403,7 @@ def report(title: str, study: dict, runs: list[Run], results: list, out: Path) -
     draw_curves(axes[1], by_setting(runs, [result['curve'] for result in results]))
     against = {row['setting']: row['against'] for row in rows}
     for axis, (name, found) in zip(axes[2:], tables.items(), strict=True):
-        rows, values = compare_tests(runs, found, against)
-        sizes = list(found[0])
-        write_csv(out / f'{name}.csv', rows)
-        factor = ', factor of the coordinates tuned' if name == 'tuned' else ''
-        print(f'\n{values_table(sizes, values, f"setting, tested at{factor}")}')
-        draw_values(axis, sizes, values)
-        axis.set(xlabel=f'image at test{factor}', ylabel='top-1 (%), mean over seeds')
+        write_csv(out / f'{name}.csv', draw_sizes(axis, name, runs, found, against))
     figure.suptitle(title)
     save_figure(figure, str(out / 'results.png'), dpi=120)
     print(f'\nWritten: {out}/results.csv, {out}/results.png')
