@@ -48,6 +48,8 @@ def merge_common_args(cfg: Config, args, needed: tuple) -> None:
             f'--work-dir (work_dir of the config) must name a folder, got '
             f'{cfg.work_dir!r}.'
         )
+    # Before what looks for checkpoints there: `~` is expanded.
+    cfg.work_dir = check_new_folder(cfg.work_dir)
 
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))

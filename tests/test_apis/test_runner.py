@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 
-from spvit_mm.apis.runner import add_hook
+from spvit_mm.apis.runner import add_hook, merge_common_args
 from spvit_mm.apis.schedule import shorten_schedulers
 from spvit_mm.apis.train import _set_precision, _shorten_schedule
 from spvit_mm.engine.hooks import DataCheckHook, LoadReportHook
@@ -110,3 +110,15 @@ def test_the_period_of_a_cosine():
     assert kept == [dict(type='x', T_max=3, begin=1, end=4)]
     kept, _ = shorten_schedulers(dict(type='x', T_max=2), {True: 4})
     assert kept == [dict(type='x', T_max=2)]
+
+
+def test_the_home_in_a_work_dir_is_expanded_before_it_is_looked_into(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    args = SimpleNamespace(
+        work_dir='~/work', config='c.py', launcher='none', local_rank=0
+    )
+    cfg = Config()
+    merge_common_args(cfg, args, ())
+    assert cfg.work_dir == str(tmp_path / 'work')
