@@ -19,13 +19,44 @@ def holm(p_values: list[float]) -> np.ndarray:
     return adjusted
 
 
-def compare(values: dict[str, list[float]], against: dict[str, str]) -> list[dict]:
+def seed_deviation(values: dict[str, list[float]]) -> tuple[float, int]:
+    """The deviation of one value from what its setting and its seed explain.
+
+    Args:
+        values (dict): By setting, one value per seed, the seeds in one order; the last
+            ones may be missing.
+
+    Returns:
+        tuple[float, int]: The standard deviation of the residuals of a least-squares
+        fit of one number per setting plus one per seed, and its degrees of freedom.
+        The deviation is nan where there are none.
+    """
+    found = [
+        (i, j, x) for i, own in enumerate(values.values()) for j, x in enumerate(own)
+    ]
+    setting, seed, top1 = map(np.array, zip(*found, strict=True))
+    model = np.concatenate(
+        [np.eye(setting.max() + 1)[setting], np.eye(seed.max() + 1)[seed]], axis=1
+    )
+    fit, _, rank, _ = np.linalg.lstsq(model, top1, rcond=None)
+    freedom = len(found) - int(rank)
+    squares = np.sum((top1 - model @ fit) ** 2)
+    return (np.sqrt(squares / freedom) if freedom else np.nan), freedom
+
+
+def compare(
+    values: dict[str, list[float]], against: dict[str, str], pooled: bool = False
+) -> list[dict]:
     """Mean and deviation of each setting, and its difference to its baseline.
 
     Args:
         values (dict): By setting, one value per seed, the seeds in one order. Where a
             setting or its baseline lacks the last seeds, the others are compared.
         against (dict): The baseline of each setting.
+        pooled (bool): Take the deviation of a seed from all settings together
+            (:func:`seed_deviation`), not from one setting's differences: for two or
+            three seeds, whose own deviation is mostly chance. A single seed has an
+            interval then, too. Defaults to False.
 
     Returns:
         list[dict]: One row per setting. ``interval`` is half the 95 % interval of the
@@ -34,6 +65,7 @@ def compare(values: dict[str, list[float]], against: dict[str, str]) -> list[dic
     """
     from scipy import stats
 
+    deviation, freedom = seed_deviation(values) if pooled else (np.nan, 0)
     rows = []
     for setting, found in values.items():
         found, n = np.array(found, dtype=float), len(found)
@@ -44,14 +76,18 @@ def compare(values: dict[str, list[float]], against: dict[str, str]) -> list[dic
         row = dict(setting=setting, seeds=n, mean=found.mean(), std=std)
         row.update(against=baseline, difference=differences.mean())
         row.update(interval=np.nan, p=np.nan)
-        if pairs > 1:
-            error = stats.sem(differences)
-            row.update(interval=error * stats.t.ppf(0.975, pairs - 1))
+        if pooled:
+            error = deviation * np.sqrt(2 / pairs) if setting != baseline else 0.0
+        else:
+            freedom = pairs - 1
+            error = stats.sem(differences) if freedom else np.nan
+        if freedom:
+            row.update(interval=error * stats.t.ppf(0.975, freedom))
             if setting != baseline:
                 with np.errstate(divide='ignore', invalid='ignore'):
                     t = abs(differences.mean()) / error
                 # 0 / 0: no seed differs at all
-                row.update(p=np.nan_to_num(2 * stats.t.sf(t, pairs - 1), nan=1.0))
+                row.update(p=np.nan_to_num(2 * stats.t.sf(t, freedom), nan=1.0))
         rows.append(row)
     for row, p in zip(rows, holm([row['p'] for row in rows]), strict=True):
         row['p_holm'] = p

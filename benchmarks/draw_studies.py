@@ -11,6 +11,7 @@ which its tables are printed and written as CSV, too; seeds may be missing there
 import argparse
 import csv
 import json
+from itertools import count, takewhile
 from pathlib import Path
 
 from comparison import compare, comparison_table, draw_curves, draw_differences
@@ -66,14 +67,17 @@ def draw_search(path: Path, out: Path) -> None:
 
 
 def read_record(path: Path) -> dict[str, list[dict]]:
-    """By setting, in the study's order, the results of the seeds 0, 1, ... there are."""
+    """By setting, in the study's order, the results of the seeds 0, 1, ... there are.
+
+    A seed that is there without the one before it is left out: seeds are paired.
+    """
     found = {setting: {} for setting in load_study('positions')['settings']}
     for line in map(json.loads, path.read_text().splitlines()):
         if 'setting' in line:
             seeds = found[line['setting']]
             seeds.setdefault(line['seed'], line)['tests'].update(line['tests'])
     whole = {
-        setting: [seeds[i] for i in range(len(seeds)) if i in seeds]
+        setting: [seeds[i] for i in takewhile(seeds.__contains__, count())]
         for setting, seeds in found.items()
     }
     return {setting: results for setting, results in whole.items() if results}
@@ -84,7 +88,8 @@ def draw_record(path: Path, out_dir: Path) -> None:
     record = read_record(path)
     ends = {setting: list(map(final, own)) for setting, own in record.items()}
     tables = {
-        baseline: compare(ends, dict.fromkeys(ends, baseline)) for baseline in BASELINES
+        baseline: compare(ends, dict.fromkeys(ends, baseline), pooled=True)
+        for baseline in BASELINES
     }
     print(path.stem)
     for rows in tables.values():
@@ -108,8 +113,8 @@ def draw_record(path: Path, out_dir: Path) -> None:
     sizes = accuracies_at_sizes(runs, results) if runs[0].tests else {}
     figure = new_figure(12 + 6 * len(sizes), 5)
     axes = figure.subplots(1, 2 + len(sizes))
-    methods = {k: v for k, v in ends.items() if k != 'none'}
-    draw_differences(axes[0], compare(methods, dict.fromkeys(methods, BASELINES[1])))
+    shown = [row for row in tables[BASELINES[1]] if row['setting'] != 'none']
+    draw_differences(axes[0], shown)
     axes[0].set_title(f'to {BASELINES[1]!r}')
     draw_curves(axes[1], {k: [x['curve'] for x in own] for k, own in record.items()})
     against = dict.fromkeys(record, BASELINES[0])

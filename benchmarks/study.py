@@ -309,7 +309,8 @@ def summarize(study: dict, runs: list[Run], results: list[dict]) -> list[dict]:
     where a seed never gets there.
     """
     finals = by_setting(runs, [experiments.final(result) for result in results])
-    rows = compare(finals, {name: baseline_of(name, study) for name in finals})
+    against = {name: baseline_of(name, study) for name in finals}
+    rows = compare(finals, against, pooled=study.get('pooled', False))
     if 'reach' in study:
         curves = by_setting(runs, [result['curve'] for result in results])
         for row in rows:
@@ -338,7 +339,7 @@ def table(rows: list[dict]) -> str:
 
 
 def compare_tests(
-    runs: list[Run], accuracies: list[dict], against: dict
+    runs: list[Run], accuracies: list[dict], against: dict, pooled: bool = False
 ) -> tuple[list, dict]:
     """The comparison at each size of image.
 
@@ -346,6 +347,7 @@ def compare_tests(
         runs (list[Run]): The runs.
         accuracies (list[dict]): Of each run, by the name of a test.
         against (dict): The baseline of each setting.
+        pooled (bool): As of :func:`comparison.compare`. Defaults to False.
 
     Returns:
         tuple[list, dict]: All rows, and by setting the values at each size.
@@ -353,7 +355,7 @@ def compare_tests(
     rows, values = [], {setting: [] for setting in against}
     for test in accuracies[0]:
         found = by_setting(runs, [own[test] for own in accuracies])
-        rows += [{'test': test, **row} for row in compare(found, against)]
+        rows += [{'test': test, **row} for row in compare(found, against, pooled)]
         for setting, own in found.items():
             values[setting].append(own)
     return rows, values
@@ -373,14 +375,14 @@ def accuracies_at_sizes(runs: list[Run], results: list[dict]) -> dict[str, list[
 
 
 def draw_sizes(
-    axis, name: str, runs: list[Run], accuracies: list[dict], against: dict
+    axis, name: str, runs: list[Run], accuracies: list, against: dict, pooled=False
 ) -> list[dict]:
     """Print and draw the accuracies by size; the rows of their comparison.
 
     ``name`` is that of the table in :func:`accuracies_at_sizes`, the others are as of
     :func:`compare_tests`.
     """
-    rows, values = compare_tests(runs, accuracies, against)
+    rows, values = compare_tests(runs, accuracies, against, pooled)
     sizes = list(accuracies[0])
     factor = ', factor of the coordinates tuned' if name == 'tuned' else ''
     print(f'\n{values_table(sizes, values, f"setting, tested at{factor}")}')
@@ -403,7 +405,10 @@ def report(title: str, study: dict, runs: list[Run], results: list, out: Path) -
     draw_curves(axes[1], by_setting(runs, [result['curve'] for result in results]))
     against = {row['setting']: row['against'] for row in rows}
     for axis, (name, found) in zip(axes[2:], tables.items(), strict=True):
-        write_csv(out / f'{name}.csv', draw_sizes(axis, name, runs, found, against))
+        compared = draw_sizes(
+            axis, name, runs, found, against, study.get('pooled', False)
+        )
+        write_csv(out / f'{name}.csv', compared)
     figure.suptitle(title)
     save_figure(figure, str(out / 'results.png'), dpi=120)
     print(f'\nWritten: {out}/results.csv, {out}/results.png')

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from comparison import compare, comparison_table, holm, values_table
+from comparison import compare, comparison_table, holm, seed_deviation, values_table
 from scipy import stats
 
 
@@ -61,6 +61,34 @@ def test_few_or_equal_seeds():
     assert (shifted['interval'], shifted['p']) == (0, 0)
     equal = compare({'a': [1.0, 3.0], 'b': [1.0, 3.0]}, {'a': 'b', 'b': 'b'})[0]
     assert (equal['difference'], equal['p']) == (0, 1)
+
+
+def test_a_pooled_deviation_is_that_of_an_analysis_of_variance():
+    top1 = np.array([[90.0, 92.0, 91.0], [91.0, 94.0, 91.5], [90.5, 92.1, 90.0]])
+    rest = top1 - top1.mean(0) - top1.mean(1, keepdims=True) + top1.mean()
+    deviation, freedom = seed_deviation(dict(zip('abc', top1.tolist(), strict=True)))
+    assert freedom == 4
+    assert deviation == pytest.approx(np.sqrt((rest**2).sum() / 4))
+
+
+def test_pooled_intervals_do_not_trust_two_seeds_that_agree():
+    values = {'a': [90.0, 91.0], 'b': [93.0, 94.0], 'c': [91.0, 93.0], 'd': [95.0]}
+    rows = {x['setting']: x for x in compare(values, dict.fromkeys(values, 'a'), True)}
+    deviation, freedom = seed_deviation(values)
+    assert freedom == 2
+    wide = stats.t.ppf(0.975, 2) * deviation
+    assert rows['b']['interval'] == rows['c']['interval'] == pytest.approx(wide)
+    # One seed has an interval, too, and a wider one.
+    assert rows['d']['interval'] == pytest.approx(wide * np.sqrt(2))
+    t = rows['d']['difference'] / deviation / np.sqrt(2)
+    assert rows['d']['p'] == pytest.approx(2 * stats.t.sf(t, 2))
+    assert rows['a']['interval'] == 0
+    assert np.isnan(rows['a']['p'])
+
+
+def test_pooling_needs_two_settings_with_two_seeds():
+    rows = compare({'a': [1.0, 2.0], 'b': [3.0]}, {'a': 'a', 'b': 'a'}, pooled=True)
+    assert np.isnan([row['interval'] for row in rows]).all()
 
 
 def test_values_table():

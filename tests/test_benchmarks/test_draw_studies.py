@@ -24,7 +24,8 @@ def test_a_record_with_missing_seeds_is_drawn(tmp_path, capsys):
         lines.append(line('product, cone', seed, high, {**sizes, **tuned}))
     # The order is the study's; a seed that is there without the one before is left out.
     lines += [line('sum, cone', seed, 73.0, sizes) for seed in (0, 1)]
-    lines.append(line('rotary mixed', 1, 99.0, sizes))
+    lines += [line('rotary mixed', seed, 99.0, sizes) for seed in (1, 2)]
+    lines += [line('sum, flat', seed, 60.0 + seed, sizes) for seed in (0, 2, 3)]
     path = tmp_path / 'positions_x.jsonl'
     path.write_text('\n'.join(lines))
     draw_studies.draw_record(path, tmp_path)
@@ -33,10 +34,12 @@ def test_a_record_with_missing_seeds_is_drawn(tmp_path, capsys):
     assert [(row['setting'], row['against'], row['seeds']) for row in rows] == [
         ('product, cone', 'none', '3'),
         ('sum, cone', 'none', '2'),
+        ('sum, flat', 'none', '1'),
         ('none', 'product, cone', '3'),
         ('sum, cone', 'product, cone', '2'),
+        ('sum, flat', 'product, cone', '1'),
     ]
-    assert float(rows[3]['difference']) == pytest.approx(2.0)
+    assert float(rows[4]['difference']) == pytest.approx(2.0)
     out = capsys.readouterr().out
     assert '| product, cone | 60.0 ± 0.0 | 55.0 ± 0.0 |' in out
     assert (tmp_path / 'positions_x.png').stat().st_size > 10_000
