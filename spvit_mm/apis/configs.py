@@ -110,6 +110,11 @@ def image_shape(cfg: Config, given: Optional[list] = None) -> tuple[int, int]:
     return shape[0], shape[-1]
 
 
+def image_channels(cfg: Config) -> int:
+    """Channels of the images of a config's model: ``in_channels`` of the backbone."""
+    return (cfg.get('model') or {}).get('backbone', {}).get('in_channels', 3)
+
+
 def check_size(model: torch.nn.Module, size: tuple, what: str) -> None:
     """Raise a UserError for an image that does not hold one patch of the model.
 

@@ -145,7 +145,7 @@ def _check_patch(shape: tuple[int, int], patch: tuple[int, int]) -> None:
 
 def _fold(backbone: SPViT, shape: tuple[int, int]) -> None:
     with torch.no_grad():
-        _, grid = backbone.forward_stem(torch.zeros(1, 3, *shape))
+        _, grid = backbone.forward_stem(torch.zeros(1, backbone.in_channels, *shape))
     try:
         backbone.switch_to_deploy(grid)
     except ValueError as error:  # it was deployed before, for another grid

@@ -10,7 +10,7 @@ import torch
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
 
-from ..utils import UserError, first_not_finite, with_progress
+from ..utils import UserError, first_not_finite, reverses_channels, with_progress
 from .cli import building
 from .configs import check_entries, check_size, load_config, load_trained_model
 
@@ -103,13 +103,6 @@ def _is_bgr(pipeline: list, model) -> bool:
     if pipeline and _kind(pipeline[0]) == 'LoadImageFromFile':
         return True
     return reverses_channels(model.data_preprocessor)
-
-
-def reverses_channels(preprocessor) -> bool:
-    """Whether a data preprocessor turns BGR to RGB, or RGB to BGR."""
-    # The names of mmpretrain, of mmengine and its forks, and of the original mmseg.
-    names = ('to_rgb', '_channel_conversion', 'channel_conversion')
-    return any(getattr(preprocessor, name, False) for name in names)
 
 
 def _split_pipeline(settings: list, bgr: bool) -> tuple[Compose, Compose]:

@@ -90,7 +90,7 @@ def picture_images(cfg: Config, model: nn.Module, paths: list) -> Iterator[Tenso
                 f'--data: the folder {path} holds no picture ({", ".join(EXTENSIONS)}).'
             )
         files += inside
-    return (sample.inputs[None] for sample in load_samples(cfg, model, files))
+    return (load_samples(cfg, model, [file])[0].inputs[None] for file in files)
 
 
 def evaluation_data(cfg: Config) -> Optional[tuple[DataLoader, dict]]:

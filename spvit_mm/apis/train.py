@@ -56,7 +56,7 @@ def merge_train_args(cfg: Config, args: argparse.Namespace) -> Config:
             'which do not learn. Leave it out, and fold the priors of what was trained '
             'with tools/model_converters/reparameterize_model.py.'
         )
-    _set_precision(cfg.optim_wrapper, args.amp)
+    set_precision(cfg.optim_wrapper, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise UserError(
@@ -82,7 +82,7 @@ def merge_train_args(cfg: Config, args: argparse.Namespace) -> Config:
     return cfg
 
 
-def _set_precision(wrapper: dict, amp: bool) -> None:
+def set_precision(wrapper: dict, amp: bool = False) -> None:
     """Choose the optimizer wrapper of mixed precision that the machine has."""
     kind = wrapper.get('type', 'OptimWrapper')
     name = kind.split('.')[-1] if isinstance(kind, str) else kind.__name__

@@ -71,8 +71,10 @@ def config_text(source, checkpoint, conversion):
     model, crop = conversion.model, conversion.test_crop
     channels = model['backbone']['in_channels']
     mean, std = NORMALIZATIONS[conversion.normalization]
+    colours = {}
     if channels != 3:
         mean, std = mean[:1] * channels, std[:1] * channels
+        colours['color_type'] = 'grayscale' if channels == 1 else 'unchanged'
     height, width = model['backbone']['img_size']
     if height == width:
         size = width
@@ -89,7 +91,7 @@ def config_text(source, checkpoint, conversion):
             to_rgb=channels == 3,
         ),
         test_pipeline=[
-            dict(type='LoadImageFromFile'),
+            dict(type='LoadImageFromFile', **colours),
             dict(resize, backend='pillow', interpolation='bicubic'),
             dict(type='CenterCrop', crop_size=size),
             dict(type='PackInputs'),

@@ -20,7 +20,7 @@ from ..utils import (
 from ..version import __version__
 from . import names
 from .config import NORMALIZATIONS, config_text, model_cfg
-from .released import to_released
+from .released import check_released, to_released
 from .state import pick_state_dict, to_ours
 from .structure import build, check_state, find_arch, infer_structure
 from .to_timm import to_timm
@@ -109,8 +109,9 @@ def convert_file(
         options (Options, optional): What the weights do not say.
         force (bool): Overwrite what exists. Defaults to False.
         trust (bool): See :func:`~spvit_mm.utils.read_checkpoint`. Defaults to False.
-        model (nn.Module, optional): For 'timm', the model with the weights of ``src``:
-            these alone do not say whether timm's computes the same.
+        model (nn.Module, optional): For 'timm' and 'spvit', the model with the weights
+            of ``src``: these alone do not say whether the other code computes the same.
+            'spvit' works without it, and warns.
 
     Returns:
         Conversion: What was written.
@@ -130,7 +131,7 @@ def convert_file(
     if target == 'timm':
         result = convert_to_timm(model)
     elif target == 'spvit':
-        result = convert_to_released(read_checkpoint(src, trust), options)
+        result = convert_to_released(read_checkpoint(src, trust), options, model)
     else:
         result = convert_to_mm(read_checkpoint(src, trust), source, options)
     logger = MMLogger.get_current_instance()
@@ -230,14 +231,29 @@ def convert_to_mm(content, source='auto', options=None):
     return Conversion(model.state_dict(), source, notes, cfg, normalization, crop)
 
 
-def convert_to_released(content, options=None):
+def convert_to_released(content, options=None, model=None):
     """Convert the content of a checkpoint of ours to the released names.
 
+    Args:
+        content (dict): Of the checkpoint.
+        options (Options, optional): Its ``weights`` are looked at.
+        model (nn.Module, optional): The model of the checkpoint, to be asked for what
+            no weight shows. Defaults to None: a note warns.
+
     Raises:
-        CheckpointError: If any weight has no counterpart there.
+        CheckpointError: If any weight has no counterpart there, or the released code
+            would compute something else with them.
     """
     state, entry = pick_state_dict(content, (options or Options()).weights)
     out, notes = to_released(state)
+    if model is None:
+        notes.append(
+            'WARNING: no weight shows how a prior is used. The outputs are equal only if '
+            "the priors multiply (combine='multiply'), see offsets in patches "
+            "(coords='raw') and have ReLU, and the FFNs GELU. `--config` looks."
+        )
+    else:
+        check_released(model)
     return Conversion(out, 'mm', [f'Weights: `{entry}`.', *notes])
 
 

@@ -1,11 +1,14 @@
 """The way back: a state dict of ours for the authors' code."""
 
 import torch.nn.functional as F
+from torch import nn
 
+from ..models import MLPSpatialPrior, SpatialPriorAttention
 from ..utils import CheckpointError
 from . import names
 from .state import to_theirs
 from .structure import check_state, infer_structure
+from .to_timm import ffn_act
 
 
 def to_released(state):
@@ -46,7 +49,11 @@ def to_released(state):
     if number:
         _require(backbone['with_peg'], 'a PEG in all its SP-SA blocks (with_peg)')
         notes += _widen_priors(out, backbone)
-    if head['type'] != 'TokenLabelClsHead':
+    if head is None:
+        notes.append(
+            'There is no head: in the released code build it with num_classes=0.'
+        )
+    elif head['type'] != 'TokenLabelClsHead':
         notes.append(
             'There is no auxiliary head: in the released code build the model with '
             'return_dense=False and mix_token=False.'
@@ -65,6 +72,47 @@ def to_released(state):
             'would compute something else.'
         )
     return out, notes
+
+
+def check_released(backbone):
+    """Raise a CheckpointError if an SPViT computes what the released code cannot.
+
+    It finds what no weight shows: two models of the same weights may differ in it.
+
+    Args:
+        backbone (SPViT): The backbone, or a classifier or segmentor with one.
+    """
+    backbone = getattr(backbone, 'backbone', backbone)
+    differences = [
+        f'layer {i}: {words}'
+        for i, layer in enumerate(backbone.layers)
+        for words in _differences(layer)
+    ]
+    if differences:
+        raise CheckpointError(
+            'The released code computes something else; nothing was written:\n  '
+            + '\n  '.join(differences)
+        )
+
+
+def _differences(layer):
+    """In what a layer differs from those of the released code, in words."""
+    if ffn_act(layer.ffn) != 'GELU':
+        yield f'its FFN has {ffn_act(layer.ffn)}, not GELU'
+    attn = layer.attn
+    scale = getattr(attn, 'scale', attn.head_dims**-0.5)
+    if scale != attn.head_dims**-0.5:
+        yield f'it scales its scores by {scale:g} (qk_scale)'
+    if not isinstance(attn, SpatialPriorAttention):
+        return
+    if attn.combine != 'multiply':
+        yield f'its prior does not only multiply scores (combine={attn.combine!r})'
+    prior = attn.prior
+    if isinstance(prior, MLPSpatialPrior):
+        if prior.coords != 'raw':
+            yield f'its prior takes coords={prior.coords!r}, not raw ones'
+        if type(prior.act) is not nn.ReLU:
+            yield f'its prior has {type(prior.act).__name__}, not ReLU'
 
 
 def _require(fits, what):

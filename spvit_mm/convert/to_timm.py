@@ -117,8 +117,8 @@ def _layers(backbone):
             differences.append(f'its norm is {norm.__name__}')
         if layer.attn.num_heads != first.attn.num_heads:
             differences.append(f'{layer.attn.num_heads} heads, unlike layer 0')
-        act = _act(layer.ffn)
-        if act not in ACTS or act != _act(first.ffn):
+        act = ffn_act(layer.ffn)
+        if act not in ACTS or act != ffn_act(first.ffn):
             differences.append(f'its FFN has {act}, not GELU or QuickGELU in all')
         differences += _attention(layer.attn, hw, omega)
         yield from (f'layer {i}: {words}' for words in differences)
@@ -145,7 +145,7 @@ def _attention(attn, hw, omega):
         yield 'its prior masks offsets'
 
 
-def _act(ffn):
+def ffn_act(ffn):
     """The name of an FFN's activation; of another FFN, its class."""
     if type(ffn) is not FFN or ffn.num_fcs != 2:
         return type(ffn).__name__
@@ -184,5 +184,5 @@ def _arguments(backbone, head):
         qkv_bias=first.attn.qkv.bias is not None,
         init_values=1e-5 if hasattr(first.attn.gamma1, 'weight') else None,
         pre_norm=not isinstance(backbone.pre_norm, nn.Identity),
-        act_layer=ACTS[_act(first.ffn)],
+        act_layer=ACTS[ffn_act(first.ffn)],
     )

@@ -481,9 +481,11 @@ class GuardedLoading:
                     'can leave out its own images with --skip-corrupt-images.'
                 ) from error
             self.skipped += 1
-            print_log(f'Left out. {message}', logger='current', level=logging.WARNING)
+            # mmengine's logger tells of all processes what is an error.
+            print_log(f'Left out. {message}', logger='current', level=logging.ERROR)
             return None
-        if self.check is not None:
+        # None, of `ignore_empty=True`, is an image that is left out.
+        if self.check is not None and results is not None:
             self.check(results)
         return results
 

@@ -18,6 +18,7 @@ from ..utils import (
     UserError,
     check_new_folder,
     new_figure,
+    reverses_channels,
     save_figure,
     whole_file,
 )
@@ -158,7 +159,13 @@ def generate_token_labels(
         raise UserError(f'The folder of images {image_root!r} {what}.')
     label_root = check_new_folder(label_root)
 
-    num_classes = model.head.num_classes
+    teacher = DenseTeacher(model.to(device))
+    num_classes = getattr(model.head, 'num_classes', None)
+    if num_classes is None:
+        raise UserError(
+            f'The head of the teacher, a {type(model.head).__name__}, has no '
+            '`num_classes`.'
+        )
     classes = _class_folders(image_root)
     if classes and len(classes) != num_classes:
         raise UserError(
@@ -166,7 +173,6 @@ def generate_token_labels(
             f'{len(classes)} class folders ({", ".join(classes[:3])}, ...). Its class '
             'ids would not be those of the folder: train the teacher on it first.'
         )
-    teacher = DenseTeacher(model.to(device))
     try:
         dataset = CustomDataset(
             data_prefix=image_root,
@@ -197,6 +203,7 @@ def generate_token_labels(
         size=size,
         top_k=min(top_k, num_classes),
         dtype=str(label_map_dtype(num_classes)),
+        preprocessing=_preprocessing(model.data_preprocessor),
     )
     _open_label_root(label_root, settings)
 
@@ -248,12 +255,23 @@ def _fingerprint(model):
     return digest.hexdigest()[:16]
 
 
+def _preprocessing(preprocessor):
+    """How images are normalized, which is not among the weights."""
+    found = {'reverses_channels': reverses_channels(preprocessor)}
+    for name in ('mean', 'std'):
+        if isinstance(value := getattr(preprocessor, name, None), torch.Tensor):
+            found[name] = [round(x, 4) for x in value.flatten().tolist()]
+    return found
+
+
 def _open_label_root(label_root, settings):
     """Take up a folder that the same settings began, or begin it."""
     path = osp.join(label_root, INFO_FILE)
     if osp.isfile(path):
         with open(path, encoding='utf-8') as file:
             found = json.load(file)
+        # Folders that were begun before it was kept have no preprocessing.
+        found.setdefault('preprocessing', settings['preprocessing'])
         differing = [key for key in settings if found.get(key) != settings[key]]
         if differing:
             listed = '; '.join(

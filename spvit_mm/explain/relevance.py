@@ -66,7 +66,9 @@ def relevance_maps(model, inputs, targets=None, method='gradient'):
         Tensor: (B, H, W), not negative, on the grid of patches.
 
     Raises:
-        ValueError: If ``method`` is none of these or a class does not exist.
+        ValueError: If ``method`` is none of these.
+        UserError: If a class does not exist, or the model does not keep one grid of
+            patches.
         ImportError: If 'gradcam' is asked for without the grad-cam package.
     """
     if method not in METHODS:
@@ -88,6 +90,7 @@ def relevance_maps(model, inputs, targets=None, method='gradient'):
             ]
         else:
             steps = [a.mean(1) for a in maps]
+    _check_grid(recording, model)
     chain = None
     for step in steps:
         step = step.detach()
@@ -106,6 +109,16 @@ def relevance_maps(model, inputs, targets=None, method='gradient'):
     else:
         rows = chain[:, extra:, extra:].mean(dim=1)
     return rows.unflatten(1, (height, width))
+
+
+def _check_grid(recording, model):
+    """Raise a UserError unless the patches are the same in all layers."""
+    tokens = [m.weights.shape[-1] for m in recording.maps]
+    if recording.grid is None or tokens != sorted(tokens):
+        raise UserError(
+            f'The relevance of patches in {type(model.backbone).__name__} cannot be told: '
+            'it needs one grid of patches, which `patch_embed` returns, in all layers.'
+        )
 
 
 def _targets(scores, targets):
@@ -154,6 +167,7 @@ def _gradcam(model, inputs, targets):
         ) from error
     with torch.no_grad(), record_attention(model) as recording:
         targets = _targets(class_scores(model, inputs), targets)
+    _check_grid(recording, model)
     height, width = recording.grid
 
     def to_images(tokens):
@@ -222,8 +236,10 @@ def perturbation_test(model, inputs, labels, maps, steps=10):
                 keep = torch.ones_like(maps).flatten(1)
                 keep.scatter_(1, order[:, :count], 0.0)
                 mask = F.interpolate(keep.view_as(maps)[:, None], inputs.shape[-2:])
-                scores = class_scores(model, inputs * mask.to(inputs))
-                right = scores.argmax(dim=1) == labels
+                # No more at a time than a batch of training has.
+                parts = zip(inputs.split(64), mask.to(inputs).split(64), strict=True)
+                scores = [class_scores(model, image * part) for image, part in parts]
+                right = torch.cat(scores).argmax(dim=1) == labels
                 curve.append(right.float().mean().item())
             curves.append(np.array(curve))
     areas = [

@@ -278,6 +278,7 @@ class SPViT(VisionTransformer):
                 f'`img_size` must hold at least one patch, got {self.img_size} and '
                 f'patch_size={patch_size}.'
             )
+        self.in_channels = in_channels
         self.patch_embed = build_stem(
             settings['stem'],
             in_channels=in_channels,

@@ -18,11 +18,12 @@ from .figures import figure_to_image, new_figure, save_figure
 from .files import (
     check_new_file,
     check_new_folder,
+    check_not_source,
     whole_file,
     write_csv,
 )
 from .finite import first_not_finite
-from .modules import unwrap_model
+from .modules import reverses_channels, unwrap_model
 from .progress import with_progress
 
 __all__ = [
@@ -34,11 +35,13 @@ __all__ = [
     'check_checkpoint_file',
     'check_new_file',
     'check_new_folder',
+    'check_not_source',
     'describe_error',
     'figure_to_image',
     'first_not_finite',
     'new_figure',
     'read_checkpoint',
+    'reverses_channels',
     'safe_loader',
     'save_figure',
     'unwrap_model',

@@ -9,6 +9,7 @@ afterwards, out of the parts that it is known to have.
 """
 
 import argparse
+import hashlib
 import pickle
 import re
 import tarfile
@@ -33,6 +34,8 @@ except ImportError:
 ZIP_MAGIC = b'PK\x03\x04'
 # How files of PyTorch before 1.6 start: a pickled number.
 LEGACY_MAGIC = b'l\xfc\x9cF\xf9 j\xa8P\x19.'
+# `deit_small_patch16_224-cd65a155.pth`: the hash of what is in it, as torch.hub has it.
+HASHED_NAME = re.compile(r'-[0-9a-f]{8,}(\.|$)')
 HTML_STARTS = (b'<!doctype', b'<html', b'<head', b'<?xml', b'<!--', b'<body')
 # Whether torch's unpickler can be allowed anything: since PyTorch 2.4.
 CAN_ALLOW = hasattr(torch.serialization, 'add_safe_globals')
@@ -331,18 +334,36 @@ def safe_loader(trust=False):
 
 
 def _download(url):
-    """Fetch a file to where torch keeps what it downloads, once; returns its path."""
+    """Fetch a file to where torch keeps what it downloads, once; returns its path.
+
+    A name without a hash of the content (as torch.hub's have one) gets one of the
+    address: many addresses end in ``model.safetensors``.
+    """
     from mmengine.dist import barrier, is_main_process
 
-    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(url).path).name)
-    if is_main_process() and not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path))
-        except OSError as error:
-            raise CheckpointError(f'`{url}` cannot be downloaded: {error}') from error
+    name = Path(urlparse(url).path).name
+    if not HASHED_NAME.search(name):
+        stem, dot, suffix = name.rpartition('.')
+        digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+        name = f'{stem}-{digest}{dot}{suffix}' if dot else f'{name}-{digest}'
+    path = Path(torch.hub.get_dir(), 'checkpoints', name)
+    if is_main_process():
+        _fetch(url, path)
     barrier()
+    _fetch(url, path)  # on a machine that does not see the disk of the first
     return path
+
+
+def _fetch(url, path):
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path))
+    except OSError as error:
+        raise CheckpointError(
+            f'`{url}` cannot be downloaded: {error}. By hand, put it at {path}.'
+        ) from error
 
 
 def _refusal(path, error, plain):

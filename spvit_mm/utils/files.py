@@ -81,6 +81,15 @@ def check_new_file(
     return path
 
 
+def check_not_source(new: str, *sources: str) -> None:
+    """Raise a UserError if a file to write is one of those that it is made of."""
+    for old in sources:
+        if osp.exists(new) and osp.exists(old) and osp.samefile(new, old):
+            raise UserError(
+                f'{new} would replace what it is made of. Give another OUT.'
+            )
+
+
 @contextmanager
 def whole_file(path: str) -> Iterator[str]:
     """A name beside ``path`` to write to; renamed to ``path`` when all went well.

@@ -1,4 +1,4 @@
-"""Models inside their wrappers."""
+"""What a model is, inside its wrappers, and what it makes of images."""
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
 
@@ -15,3 +15,10 @@ def unwrap_model(model):
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
+
+
+def reverses_channels(preprocessor) -> bool:
+    """Whether a data preprocessor turns BGR to RGB, or RGB to BGR."""
+    # The names of mmpretrain, of mmengine and its forks, and of the original mmseg.
+    names = ('to_rgb', '_channel_conversion', 'channel_conversion')
+    return any(getattr(preprocessor, name, False) for name in names)

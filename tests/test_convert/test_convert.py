@@ -21,6 +21,7 @@ from spvit_mm.convert import (
     convert_to_released,
     convert_to_timm,
 )
+from spvit_mm.convert.config import config_text
 from spvit_mm.utils import CheckpointError, UserError, read_checkpoint, write_checkpoint
 from spvit_mm.utils.checkpoint import CAN_ALLOW
 
@@ -235,7 +236,7 @@ def test_back_to_the_released_names(name):
     ours = convert_to_mm({'state_dict': saved}, options=options_of(spec)).state_dict
     back = convert_to_released({'state_dict': ours})
     assert_same(back.state_dict, saved)
-    warned = any('WARNING' in note for note in back.notes)
+    warned = any('class token comes first' in note for note in back.notes)
     assert warned == (spec.num_spsa > 0 and spec.cls_layer == 0)
 
 
@@ -278,6 +279,46 @@ def test_back_lists_what_has_no_place(change, words):
     model = torch.nn.ModuleDict(dict(backbone=MODELS.build(backbone), head=head))
     with pytest.raises(CheckpointError, match=words):
         convert_to_released({'state_dict': model.state_dict()})
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        ({}, None),
+        (dict(attn_cfg=dict(combine='add')), "layer 0: .*combine='add'"),
+        (dict(attn_cfg=dict(qk_scale=1.0)), 'scales its scores by 1 '),
+        (dict(prior=dict(coords='log')), "coords='log', not raw"),
+        (dict(prior=dict(act_cfg=dict(type='GELU'))), 'its prior has GELU'),
+        (dict(layer_cfgs=dict(act_cfg=dict(type='ReLU'))), 'its FFN has ReLU'),
+    ],
+)
+def test_back_asks_the_model_for_what_no_weight_shows(change, words):
+    spec = SMALL['spvit']
+    state = as_saved(make_state(spec))
+    cfg = convert_to_mm({'state_dict': state}, options=options_of(spec)).model
+    change = {k: {**(cfg['backbone'].get(k) or {}), **v} for k, v in change.items()}
+    backbone = MODELS.build(dict(cfg['backbone'], _scope_='mmpretrain', **change))
+    model = torch.nn.ModuleDict(dict(backbone=backbone, head=torch.nn.Identity()))
+    ours = {f'backbone.{k}': v for k, v in backbone.state_dict().items()}
+    # The weights are all there, so without the model nothing but a warning is left.
+    notes = convert_to_released({'state_dict': ours}).notes
+    assert any('WARNING: no weight shows how a prior is used' in x for x in notes)
+    if words is None:
+        notes = convert_to_released({'state_dict': ours}, model=model).notes
+        assert not any('WARNING: no weight' in note for note in notes)
+    else:
+        with pytest.raises(CheckpointError, match=words):
+            convert_to_released({'state_dict': ours}, model=model)
+
+
+def test_a_grey_model_reads_grey_pictures():
+    spec = SMALL['timm']
+    state = as_saved(make_state(spec))
+    weight = state['patch_embed.proj.weight']
+    state['patch_embed.proj.weight'] = weight.sum(1, keepdim=True)
+    result = convert_to_mm({'state_dict': state}, 'timm', options_of(spec))
+    text = config_text('a.pth', 'b.pth', result)
+    assert "dict(color_type='grayscale', type='LoadImageFromFile')" in text
 
 
 def test_back_takes_ema_and_plain_of_mmengine():
@@ -854,6 +895,10 @@ def test_command_line_there_and_back(tmp_path, source_file):
     tool()([str(source_file), str(out), '--skip-scale', '2'])
     assert sorted(p.name for p in out.parent.iterdir()) == ['ours.pth', 'ours.py']
     tool()([str(out), str(back), '--to', 'spvit'])
+    # Its config, which is beside it, is asked.
+    added = ('--cfg-options', 'model.backbone.attn_cfg.combine=add')
+    with pytest.raises(UserError, match="combine='add'"):
+        tool()([str(out), str(tmp_path / 'b.pth'), '--to', 'spvit', *added])
     want = torch.load(source_file, weights_only=True)['state_dict']
     assert_same(torch.load(back, weights_only=True)['state_dict'], want)
 
@@ -876,7 +921,7 @@ def test_command_line_to_timm_by_safetensors(tmp_path):
         tool()(arguments)
     tool()([*arguments, '--config', str(tmp_path / 'other.py')])
     assert_same(read_checkpoint(tmp_path / 'b.pth')['state_dict'], state)
-    with pytest.raises(UserError, match='are for --to timm alone'):
+    with pytest.raises(UserError, match='are for --to timm and spvit'):
         tool()([str(src), str(tmp_path / 'c.pth'), '--config', 'x.py'])
     # Folded priors need deploy=True, as everywhere.
     model, _ = load_trained_model(load_config(str(tmp_path / 'other.py')), str(middle))

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,15 @@ def test_guarded_images(folder, content):
     guard_files(testing, skip=True)
     with pytest.raises(CorruptImageError):
         testing[index]
+
+
+def test_images_that_the_config_ignores(folder):
+    load = [dict(type='LoadImageFromFile', ignore_empty=True)]
+    dataset = CustomDataset(data_prefix=str(folder), pipeline=load)
+    path = dataset.get_data_info(0)['img_path']
+    guard_files(dataset)
+    Path(path).unlink()
+    assert dataset[0]['img_path'] != path
 
 
 def test_empty_data_is_named(mmpretrain_scope, tmp_path):

@@ -211,6 +211,11 @@ def test_maps_of_two_teachers_are_not_mixed(images, tmp_path):
         generate(vit(), images, tmp_path / 'maps')
     with pytest.raises(ValueError, match='made otherwise .*top_k: 3 there, 2 now'):
         generate(cnn(), images, tmp_path / 'maps', top_k=2)
+    # Mean and std are not among the weights.
+    other = cnn()
+    other.data_preprocessor.mean += 1
+    with pytest.raises(ValueError, match='made otherwise .*preprocessing'):
+        generate(other, images, tmp_path / 'maps')
     (tmp_path / 'maps' / 'token_labels.json').unlink()
     with pytest.raises(ValueError, match=r'holds \.pt files, but no'):
         generate(cnn(), images, tmp_path / 'maps')
@@ -227,12 +232,9 @@ def test_bad_input(images, tmp_path):
         generate(cnn(), images, tmp_path / 'file')
     with pytest.raises(ValueError, match='`top_k` must be at least 1'):
         generate(cnn(), images, tmp_path / 'maps', top_k=0)
+    headless = dict(type='ImageClassifier', backbone=dict(type='ResNet', depth=18))
     with pytest.raises(ValueError, match='has no `head`'):
-        DenseTeacher(
-            MODELS.build(
-                dict(type='ImageClassifier', backbone=dict(type='ResNet', depth=18))
-            )
-        )
+        generate(MODELS.build(headless), images, tmp_path / 'maps')
     assert not (tmp_path / 'maps').exists()
 
 

@@ -168,6 +168,37 @@ def test_perturbation_finds_the_patch_that_matters():
     assert bad.most_area > bad.least_area
 
 
+def test_perturbation_takes_a_batch_at_a_time():
+    class Counting(Lookup):
+        most = 0
+
+        def forward(self, x, mode):
+            Counting.most = max(Counting.most, len(x))
+            return super().forward(x, mode)
+
+    x, maps = torch.rand(150, 3, 8, 8), torch.rand(150, 2, 2)
+    found = perturbation_test(Counting(), x, [1] * 150, maps, steps=3)
+    assert Counting.most == 64
+    parts = [
+        perturbation_test(Lookup(), x[i : i + 50], [1] * 50, maps[i : i + 50], steps=3)
+        for i in (0, 50, 100)
+    ]
+    np.testing.assert_allclose(found.most, np.mean([p.most for p in parts], axis=0))
+
+
+def test_a_model_that_loses_tokens_on_the_way():
+    backbone = dict(type='mmpretrain.T2T_ViT', img_size=64, embed_dims=32, num_layers=2)
+    backbone.update(
+        layer_cfgs=dict(num_heads=2, feedforward_channels=32),
+        t2t_cfg=dict(token_dims=16, use_performer=False),
+    )
+    head = dict(type='VisionTransformerClsHead', num_classes=5, in_channels=32)
+    model = ImageClassifier(backbone, head=head)
+    for method in ('gradient', 'rollout'):
+        with pytest.raises(ValueError, match='T2T_ViT cannot be told'):
+            relevance_maps(model, torch.rand(1, 3, 64, 64), method=method)
+
+
 def test_gradcam(monkeypatch):
     pytest.importorskip('pytorch_grad_cam')
     model = build().float()

@@ -127,6 +127,28 @@ def test_force_replaces_the_file(trained, tmp_path):
     assert 'state_dict' in torch.load(out)
 
 
+def test_force_does_not_replace_the_trained_weights(trained, tmp_path, capsys):
+    config, checkpoint, _ = trained
+    before = checkpoint.read_bytes()
+    link = tmp_path / 'link.pth'
+    link.symlink_to(checkpoint)
+    line = fails(capsys, REPARAMETERIZE, config, checkpoint, link, '--force')
+    assert 'would replace what it is made of' in line
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_model_of_grey_images(tmp_path, capsys):
+    config, checkpoint = tmp_path / 'grey.py', tmp_path / 'grey.pth'
+    text = CONFIG.replace("'SPViT', ", "'SPViT', in_channels=1, ")
+    config.write_text(text.replace('] * 3', ']'))
+    model = build_model(load_config(str(config)))
+    torch.save(model.state_dict(), checkpoint)
+    command('analysis/get_flops.py', config)
+    assert 'Input shape: (1, 32, 32)' in capsys.readouterr().out
+    command(EXPORT, config, checkpoint, tmp_path / 'grey.pt2')
+    assert '1 images of 1 x 32 x 32' in capsys.readouterr().out
+
+
 def test_a_model_without_deploy_form(tmp_path, capsys):
     config, checkpoint = tmp_path / 'plain.py', tmp_path / 'plain.pth'
     config.write_text(PLAIN)

@@ -115,6 +115,18 @@ def test_segmentation(tmp_path, capsys):
     assert len(list((tmp_path / 'maps').glob('*.png'))) == 3
     command('analysis/get_flops.py', config)
     assert 'Input shape: (3, 32, 32)' in capsys.readouterr().out
+    # Images without masks, as those of a test server, are drawn as well.
+    bare = tmp_path / 'bare.py'
+    bare.write_text(
+        f'_base_ = {str(config)!r}\n'
+        "pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]\n"
+        'test_dataloader = dict(dataset=dict(pipeline=pipeline))\n'
+    )
+    command(
+        'visualization/show_segmentation.py', bare, whole / 'iter_4.pth', '--out',
+        tmp_path / 'bare.png',
+    )  # fmt: skip
+    assert (tmp_path / 'bare.png').is_file()
 
     empty = tmp_path / 'empty'
     empty.mkdir()

@@ -1,5 +1,7 @@
 """From a trained model to a sparse one, by its command line."""
 
+from types import SimpleNamespace
+
 import mmcv
 import numpy as np
 import pytest
@@ -223,3 +225,19 @@ def test_attention_that_the_config_does_not_reach(trained, tmp_path, capsys):
     cfg.dump(str(other))
     line = fails(capsys, TOOL, other, trained, tmp_path / 'c.pth')
     assert '(backbone.layers.0.attn): is there another in `layer_cfgs`?' in line
+
+
+def test_pictures_are_read_one_by_one(monkeypatch, tmp_path):
+    for i in range(3):
+        (tmp_path / f'{i}.png').touch()
+    read = []
+
+    def load_samples(cfg, model, paths):
+        read.extend(paths)
+        return [SimpleNamespace(inputs=torch.zeros(3, 8, 8)) for _ in paths]
+
+    monkeypatch.setattr(api, 'load_samples', load_samples)
+    images = api.picture_images(None, None, [str(tmp_path)])
+    assert read == []
+    assert next(images).shape == (1, 3, 8, 8)
+    assert read == [str(tmp_path / '0.png')]

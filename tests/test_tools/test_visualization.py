@@ -81,6 +81,13 @@ def test_attention_of_a_patch(checkpoint, tmp_path, capsys):
             *['--query', '0', '0', '--layers', '5'],
         )
     assert '--layers takes numbers in 1..4, got [5]' in capsys.readouterr().err
+    # Layers after the last one that is given out are not run.
+    early, out = tmp_path / 'early.py', tmp_path / 'early'
+    backbone = dict(num_spsa_layers=1, cls_token_layer=1, out_indices=[1])
+    early.write_text(f'_base_ = {str(CONFIG)!r}\nmodel = dict(backbone={backbone})')
+    args = ('--query', 2, 3, '--out-dir', out)
+    run('visualization/show_attention.py', early, checkpoint(early), *args)
+    assert len(list(out.glob('*.png'))) == 2
 
 
 def test_relevance_of_two_models_and_the_table(checkpoint, tmp_path, capsys):
@@ -124,6 +131,8 @@ def test_binarized_priors(checkpoint, tmp_path, capsys):
     assert [float(r['offsets']) for r in rows] == pytest.approx([1, 0.3], abs=0.02)
     assert float(rows[1]['finetuned']) > float(rows[1]['accuracy'])
     assert (tmp_path / 'binarized.png').is_file()
+    amp = ('--cfg-options', 'optim_wrapper.type=AmpOptimWrapper')
+    run('analysis/binarize_priors.py', CONFIG, path, *args, *amp)
     more = ('--by', 'window', '--keep', '0.5', '--mass-batches', '1', '--time')
     more += ('--cfg-options', 'test_dataloader.dataset.indices=60')
     run('analysis/binarize_priors.py', CONFIG, path, *more)

@@ -2,6 +2,7 @@ import argparse
 import importlib
 import os
 import pickle
+import re
 import subprocess
 import tarfile
 import threading
@@ -608,6 +609,9 @@ def test_the_safe_loader_opens_what_it_downloads(tmp_path, monkeypatch):
     folder, marker = tmp_path / 'www', tmp_path / 'ran'
     folder.mkdir()
     torch.save(dict(a=torch.ones(1)), folder / 'good.pth')
+    torch.save(dict(a=torch.ones(1)), folder / 'good-0123abcd.pth')
+    (folder / 'other').mkdir()
+    torch.save(dict(a=torch.zeros(1)), folder / 'other' / 'good.pth')
     torch.save(dict(a=Reduces(os.system, f'touch {marker}')), folder / 'evil.pth')
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
     monkeypatch.setattr(SimpleHTTPRequestHandler, 'log_message', lambda *args: None)
@@ -617,13 +621,21 @@ def test_the_safe_loader_opens_what_it_downloads(tmp_path, monkeypatch):
         with safe_loader():
             content = CheckpointLoader.load_checkpoint(f'{address}/good.pth')
             assert content['state_dict']['a'] == 1
+            # Another address that ends alike is another file.
+            content = CheckpointLoader.load_checkpoint(f'{address}/other/good.pth')
+            assert content['state_dict']['a'] == 0
+            # A process on another machine finds nothing of what the first one fetched.
+            monkeypatch.setattr('mmengine.dist.is_main_process', lambda: False)
+            CheckpointLoader.load_checkpoint(f'{address}/good-0123abcd.pth')
             with pytest.raises(UnsafeCheckpointError, match='posix'):
                 CheckpointLoader.load_checkpoint(f'{address}/evil.pth')
             with pytest.raises(CheckpointError, match='none.pth` cannot be downloaded'):
                 CheckpointLoader.load_checkpoint(f'{address}/none.pth')
         server.shutdown()
     assert not marker.exists()
-    assert (tmp_path / 'hub' / 'checkpoints' / 'good.pth').exists()
+    names = [path.name for path in (tmp_path / 'hub' / 'checkpoints').iterdir()]
+    assert 'good-0123abcd.pth' in names
+    assert sum(re.fullmatch('good-[0-9a-f]{8}.pth', x) is not None for x in names) == 3
 
 
 @pytest.mark.parametrize(

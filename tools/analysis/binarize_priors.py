@@ -82,6 +82,7 @@ def main(argv: list) -> None:
         load_trained_model,
     )
     from spvit_mm.apis import sparsify as api
+    from spvit_mm.apis.train import set_precision
     from spvit_mm.explain import offset_mass, sparsify, why_no_priors
     from spvit_mm.explain.binarize import mean_kept
     from spvit_mm.utils import (
@@ -103,6 +104,9 @@ def main(argv: list) -> None:
         raise UserError(missing)
     needed = ('test_dataloader', 'train_dataloader')
     check_entries(cfg, (*needed, 'optim_wrapper') if args.finetune else needed)
+    if args.finetune:
+        tuning = api.finetune_config(cfg, args.finetune, args.lr_factor).optim_wrapper
+        set_precision(tuning)
     model.to(get_device())
     cfg.test_evaluator = cfg.get('test_evaluator') or dict(type='Accuracy', topk=(1,))
     test = api.evaluation_data(cfg)
@@ -126,7 +130,7 @@ def main(argv: list) -> None:
         metric, value = api.evaluate(one, *test)
         row = [share, offsets, mass, value / 100]
         if args.finetune:
-            finetune(one, train, cfg.optim_wrapper, args)
+            finetune(one, train, tuning, args)
             row.append(api.evaluate(one, *test)[1] / 100)
         if args.time:
             old, new = api.time_forwards([model, one], example)
@@ -147,15 +151,13 @@ def main(argv: list) -> None:
 
 
 def finetune(model, loader, settings, args):
-    """Train for a few epochs at a constant, lower learning rate."""
+    """Train for a few epochs at a constant learning rate."""
     from mmengine.optim import build_optim_wrapper
     from mmengine.runner import set_random_seed
 
     from spvit_mm.apis import sparsify as api
     from spvit_mm.utils import with_progress
 
-    settings = deepcopy(settings)
-    settings.optimizer.lr *= args.lr_factor
     set_random_seed(0)
     with api.quiet():  # it names every parameter that is not decayed
         wrapper = build_optim_wrapper(model, settings)

@@ -33,11 +33,17 @@ def parse_args(argv: list) -> argparse.Namespace:
 def main(argv: list) -> None:
     from mmengine.analysis import get_model_complexity_info
 
-    from spvit_mm.apis import build_model, check_size, image_shape, load_config
+    from spvit_mm.apis import (
+        build_model,
+        check_size,
+        image_channels,
+        image_shape,
+        load_config,
+    )
 
     args = parse_args(argv)
     cfg = load_config(args.config, args.cfg_options)
-    shape = (3, *image_shape(cfg, args.shape))
+    shape = (image_channels(cfg), *image_shape(cfg, args.shape))
     model = build_model(cfg).eval()
     check_size(model, shape[1:], '--shape')
     info = get_model_complexity_info(

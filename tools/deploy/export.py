@@ -61,6 +61,7 @@ def main(argv: list) -> None:
 
     from spvit_mm.apis import (
         export,
+        image_channels,
         image_shape,
         load_config,
         load_trained_model,
@@ -71,7 +72,7 @@ def main(argv: list) -> None:
     args = parse_args(argv)
     out = check_new_file(args.out, ('.onnx', '.pt2'), args.force)
     cfg = load_config(args.config, args.cfg_options)
-    shape = image_shape(cfg, args.shape)
+    shape, channels = image_shape(cfg, args.shape), image_channels(cfg)
     opset = export.OPSET if args.opset is None else args.opset
     if args.batch < 1 or opset < 17:
         raise UserError('--batch takes numbers from 1 on, --opset from 17 on.')
@@ -82,7 +83,7 @@ def main(argv: list) -> None:
     sizes = export.sizes_to_compare(shape) if args.dynamic_size else [shape]
 
     # With one image as its example, torch.export takes 1 for a constant.
-    images = torch.randn(2 if args.dynamic_batch else args.batch, 3, *sizes[-1])
+    images = torch.randn(2 if args.dynamic_batch else args.batch, channels, *sizes[-1])
     export.check_finite(ready, images)
     free = dict(dynamic_batch=args.dynamic_batch, dynamic_size=args.dynamic_size)
     batches = (1, 3) if args.dynamic_batch else (args.batch,)
@@ -96,7 +97,7 @@ def main(argv: list) -> None:
         if run is None:
             print('Not compared with the model: onnxruntime is not installed.')
         for batch, size in product(batches, sizes) if run else ():
-            images = torch.randn(batch, 3, *size)
+            images = torch.randn(batch, channels, *size)
             with torch.no_grad():
                 difference = export.Difference(ready(images), run(images))
             print(
@@ -113,7 +114,7 @@ def main(argv: list) -> None:
                 )
     batch = 'any number of' if args.dynamic_batch else args.batch
     side = 'any height x any width' if args.dynamic_size else f'{shape[0]} x {shape[1]}'
-    print(f'Wrote {out}: {batch} images of 3 x {side} to logits.')
+    print(f'Wrote {out}: {batch} images of {channels} x {side} to logits.')
     if differences:
         print(f'The largest difference from the model is {max(differences):.1e}.')
     preprocessor = getattr(model, 'data_preprocessor', None)

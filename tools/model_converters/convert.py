@@ -35,8 +35,8 @@ def parse_args(argv: list) -> argparse.Namespace:
     )
     parser.add_argument(
         '--config',
-        help='--to timm: the config of SRC, which says what no weight shows (default: '
-        'SRC with .py)',
+        help='--to timm, spvit: the config of SRC, which says what no weight shows '
+        '(default: SRC with .py; spvit warns without any)',
     )
     add_cfg_options(parser)
     parser.add_argument(
@@ -115,38 +115,43 @@ def main(argv: list) -> None:
     }
     trust = args.pop('trust_checkpoint')
     config, cfg_options = args.pop('config'), args.pop('cfg_options')
-    if files['target'] == 'timm':
-        config = load_config(find_config(config, files['src']), cfg_options)
-        files['model'] = load_ours(config, files['src'], args['weights'])
-    elif config or cfg_options:
-        raise UserError('--config and --cfg-options are for --to timm alone.')
+    target, src = files['target'], files['src']
+    if target == 'mm':
+        if config or cfg_options:
+            raise UserError('--config and --cfg-options are for --to timm and spvit.')
+    elif config := find_config(config, src, needed=target == 'timm'):
+        files['model'] = load_ours(load_config(config, cfg_options), src, args, target)
+    elif cfg_options:
+        raise UserError('--cfg-options change a config: name it with --config.')
     try:
         convert_file(**files, options=Options(**args), trust=trust)
     except OSError as error:
         raise UserError(str(error)) from error
 
 
-def find_config(config: str | None, src: str) -> str:
+def find_config(config: str | None, src: str, needed: bool) -> str | None:
     """The config of a checkpoint of ours: the one that is named, or beside it."""
     from spvit_mm.utils import UserError
 
-    config = config or str(Path(src).with_suffix('.py'))
+    named, config = config, config or str(Path(src).with_suffix('.py'))
     if not Path(config).is_file():
+        if not (named or needed):
+            return None
         raise UserError(
-            f'--to timm needs the config of SRC, and {config} does not exist: name it '
+            f'The config of SRC is needed, and {config} does not exist: name it '
             'with --config. No weight shows how a prior is used, which layers are '
             'scaled, or where the class token joins.'
         )
     return config
 
 
-def load_ours(cfg, src: str, weights: str):
+def load_ours(cfg, src: str, args: dict, target: str):
     """The model of a checkpoint of ours."""
     from spvit_mm.apis import load_trained_model
     from spvit_mm.utils import UserError
 
     model, loaded = load_trained_model(cfg, src)
-    if weights == 'plain' and 'ema_state_dict' in loaded:
+    if target == 'timm' and args['weights'] == 'plain' and 'ema_state_dict' in loaded:
         raise UserError('--to timm converts the EMA weights; --weights plain does not.')
     return model
 

@@ -33,10 +33,16 @@ def parse_args(argv: list) -> argparse.Namespace:
 
 def main(argv: list) -> None:
     from spvit_mm.apis import load_config, load_trained_model
-    from spvit_mm.utils import UserError, check_new_file, write_checkpoint
+    from spvit_mm.utils import (
+        UserError,
+        check_new_file,
+        check_not_source,
+        write_checkpoint,
+    )
 
     args = parse_args(argv)
     out = check_new_file(args.out, ('.pth', '.safetensors'), args.force)
+    check_not_source(out, args.checkpoint)
     cfg = load_config(args.config, args.cfg_options)
     model, checkpoint = load_trained_model(cfg, args.checkpoint)
     backbone = getattr(model, 'backbone', None)

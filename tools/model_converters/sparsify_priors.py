@@ -85,15 +85,12 @@ def parse_args(argv: list) -> argparse.Namespace:
 
 def check_outputs(args) -> tuple[str, str]:
     """The names of the two files to write."""
-    from spvit_mm.utils import UserError, check_new_file
+    from spvit_mm.utils import check_new_file, check_not_source
 
     out = check_new_file(args.out, ('.pth', '.safetensors'), args.force)
     config = check_new_file(f'{osp.splitext(out)[0]}.py', ('.py',), args.force)
-    for new, old in ((out, args.checkpoint), (config, args.config)):
-        if osp.exists(new) and osp.exists(old) and osp.samefile(new, old):
-            raise UserError(
-                f'{new} would replace what it is made of. Give another OUT.'
-            )
+    check_not_source(out, args.checkpoint)
+    check_not_source(config, args.config)
     return out, config
 
 

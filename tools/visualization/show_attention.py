@@ -41,7 +41,7 @@ def parse_args(argv: list) -> argparse.Namespace:
 
 def main(argv: list) -> None:
     from spvit_mm.apis import beside, load_model, load_samples
-    from spvit_mm.explain import draw_query_attention, find_attentions, query_attention
+    from spvit_mm.explain import draw_query_attention, query_attention
     from spvit_mm.utils import UserError, check_new_folder, save_figure
 
     args = parse_args(argv)
@@ -49,14 +49,15 @@ def main(argv: list) -> None:
         args.out_dir = beside(args.checkpoint, 'attention')
     folder = check_new_folder(args.out_dir)
     cfg, model = load_model(args.config, args.checkpoint, args.cfg_options)
-    depth = len(find_attentions(model))
-    wanted = args.layers or range(1, depth + 1)
-    if max(wanted) > depth:
-        raise UserError(f'--layers takes numbers in 1..{depth}, got {args.layers}.')
     (sample,) = load_samples(
         cfg, model, None if args.image is None else [args.image], 1
     )
     layers = query_attention(model, sample.inputs[None], tuple(args.query))
+    # Those that are run: none after the last of `out_indices`.
+    depth = len(layers)
+    wanted = args.layers or range(1, depth + 1)
+    if max(wanted) > depth:
+        raise UserError(f'--layers takes numbers in 1..{depth}, got {args.layers}.')
     row, column = args.query
     for i in wanted:
         layer = layers[i - 1]

@@ -90,9 +90,10 @@ def main(argv: list) -> None:
                 'the file, and mean and std of data_preprocessor.'
             )
         predicted = sample.pred_sem_seg.data[0].cpu().numpy()
-        truth = sample.gt_sem_seg.data[0].cpu().numpy()
         row[0].imshow(mmcv.imread(sample.img_path, channel_order='rgb'))
-        row[1].imshow(colour(truth, palette), interpolation='nearest')
+        if 'gt_sem_seg' in sample:
+            truth = sample.gt_sem_seg.data[0].cpu().numpy()
+            row[1].imshow(colour(truth, palette), interpolation='nearest')
         row[2].imshow(colour(predicted, palette), interpolation='nearest')
         for axis in row:
             axis.axis('off')
