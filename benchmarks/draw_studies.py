@@ -138,7 +138,8 @@ def main(argv=None) -> None:
                 studies.setdefault(study, {})[title] = read_rows(path)
     for study, panels in studies.items():
         draw(panels, args.out_dir / f'{study}.png')
-    for name in ('positions_cifar10', 'positions_imagenette'):
+    for name in ('cifar10', 'cifar10_embed', 'imagenette'):
+        name = f'positions_{name}'
         if (path := STUDIES / f'{name}.jsonl').exists():
             draw_record(path, args.out_dir)
             studies[name] = None
