@@ -2,7 +2,7 @@
 
 import os
 import os.path as osp
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -79,11 +79,7 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
     settings = cfg.test_dataloader.dataset
     bgr = _is_bgr(settings.get('pipeline') or [], model)
     if paths:
-        read, pipeline = _split_pipeline(settings.pipeline, bgr)
-        return [
-            _sample(model, osp.basename(path), pipeline(read_picture(path, read)), bgr)
-            for path in paths
-        ]
+        return list(read_samples(cfg, model, paths))
     with building('The test data set'):
         dataset = DATASETS.build(settings)
     count = min(count, len(dataset))
@@ -91,6 +87,16 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
     return [
         _sample(model, f'image {i}', dataset[i], bgr) for i in with_progress(chosen)
     ]
+
+
+def read_samples(cfg, model, paths) -> Iterator[Sample]:
+    """Image files as :func:`load_samples` gives them, one by one."""
+    settings = cfg.test_dataloader.dataset.get('pipeline') or []
+    bgr = _is_bgr(settings, model)
+    read, pipeline = _split_pipeline(settings, bgr)
+    for path in paths:
+        data = pipeline(read_picture(path, read))
+        yield _sample(model, osp.basename(path), data, bgr)
 
 
 def _kind(transform: dict) -> str:

@@ -24,7 +24,7 @@ from ..models import SpatialPriorAttention
 from ..utils import UserError, unwrap_model, with_progress, write_checkpoint
 from .cli import building
 from .configs import build_model, scope_of
-from .samples import load_samples
+from .samples import read_samples
 from .train import build_trainer, merge_train_args
 
 # What a config's evaluator says in one number, if it says one of these.
@@ -85,12 +85,14 @@ def picture_images(cfg: Config, model: nn.Module, paths: list) -> Iterator[Tenso
         if osp.isdir(path):
             found = glob(osp.join(escape(path), '**'), recursive=True)
             inside = sorted(f for f in found if f.lower().endswith(EXTENSIONS))
+        elif not osp.exists(path):
+            raise UserError(f'--data: the picture {path} does not exist.')
         if not inside:
             raise UserError(
                 f'--data: the folder {path} holds no picture ({", ".join(EXTENSIONS)}).'
             )
         files += inside
-    return (load_samples(cfg, model, [file])[0].inputs[None] for file in files)
+    return (sample.inputs[None] for sample in read_samples(cfg, model, files))
 
 
 def evaluation_data(cfg: Config) -> Optional[tuple[DataLoader, dict]]:

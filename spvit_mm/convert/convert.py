@@ -109,9 +109,9 @@ def convert_file(
         options (Options, optional): What the weights do not say.
         force (bool): Overwrite what exists. Defaults to False.
         trust (bool): See :func:`~spvit_mm.utils.read_checkpoint`. Defaults to False.
-        model (nn.Module, optional): For 'timm' and 'spvit', the model with the weights
-            of ``src``: these alone do not say whether the other code computes the same.
-            'spvit' works without it, and warns.
+        model (nn.Module, optional): For 'timm' the model with the weights of ``src``:
+            these alone do not say whether timm's computes the same. For 'spvit' with any
+            weights; without it a note warns.
 
     Returns:
         Conversion: What was written.
@@ -227,6 +227,8 @@ def convert_to_mm(content, source='auto', options=None):
         'the habit of such models; no weight shows either (`--test-crop`, '
         '`--normalization`).'
     )
+    if backbone['in_channels'] != 3:
+        notes.append('The training pipeline of the config is for images of 3 channels.')
     cfg = model_cfg(backbone, head)
     return Conversion(model.state_dict(), source, notes, cfg, normalization, crop)
 
@@ -237,23 +239,25 @@ def convert_to_released(content, options=None, model=None):
     Args:
         content (dict): Of the checkpoint.
         options (Options, optional): Its ``weights`` are looked at.
-        model (nn.Module, optional): The model of the checkpoint, to be asked for what
-            no weight shows. Defaults to None: a note warns.
+        model (nn.Module, optional): The model of the checkpoint, with any weights, to
+            be asked for what none shows. Defaults to None: a note warns.
 
     Raises:
         CheckpointError: If any weight has no counterpart there, or the released code
             would compute something else with them.
     """
     state, entry = pick_state_dict(content, (options or Options()).weights)
-    out, notes = to_released(state)
+    seen = []
     if model is None:
-        notes.append(
-            'WARNING: no weight shows how a prior is used. The outputs are equal only if '
-            "the priors multiply (combine='multiply'), see offsets in patches "
-            "(coords='raw') and have ReLU, and the FFNs GELU. `--config` looks."
+        seen.append(
+            'WARNING: no weight shows how a prior is used, nor skip scale, eps, the '
+            'activations and where the class token joins. Name its config with '
+            '`--config` (in Python: model=) to have them checked.'
         )
     else:
-        check_released(model)
+        seen += check_released(model, state)
+    out, notes = to_released(state)
+    notes += seen
     return Conversion(out, 'mm', [f'Weights: `{entry}`.', *notes])
 
 

@@ -1,6 +1,7 @@
 """The way back: a state dict of ours for the authors' code."""
 
 import torch.nn.functional as F
+from mmpretrain.models.utils import MultiheadAttention
 from torch import nn
 
 from ..models import MLPSpatialPrior, SpatialPriorAttention
@@ -74,45 +75,76 @@ def to_released(state):
     return out, notes
 
 
-def check_released(backbone):
-    """Raise a CheckpointError if an SPViT computes what the released code cannot.
+def check_released(model, state):
+    """Raise a CheckpointError if a model computes what the released code does not.
 
-    It finds what no weight shows: two models of the same weights may differ in it.
+    It is asked for what no weight shows, so it need not have its weights.
 
     Args:
-        backbone (SPViT): The backbone, or a classifier or segmentor with one.
+        model (nn.Module): A classifier or segmentor with an SPViT as ``backbone``.
+        state (dict): The weights that are converted, with our names.
+
+    Returns:
+        List[str]: What else no weight shows, for the notes.
     """
-    backbone = getattr(backbone, 'backbone', backbone)
+    backbone = model.backbone
+    own = backbone.state_dict(prefix='backbone.')
+    wrong = [
+        key
+        for key in sorted({*own, *(k for k in state if k.startswith('backbone.'))})
+        if key not in own or key not in state or own[key].shape != state[key].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            'The config is not that of the checkpoint: they differ in '
+            f'{", ".join(wrong[:5])}.'
+        )
     differences = [
         f'layer {i}: {words}'
         for i, layer in enumerate(backbone.layers)
         for words in _differences(layer)
     ]
+    number, joins = backbone.num_spsa_layers, backbone.cls_token_layer
+    if number and joins and joins != number:
+        differences.append(
+            f'the class token joins before layer {joins} (cls_token_layer), and not after '
+            f'the {number} SP-SA layers'
+        )
     if differences:
         raise CheckpointError(
             'The released code computes something else; nothing was written:\n  '
             + '\n  '.join(differences)
         )
+    scale = 1 / backbone.layers[0].branch_scale
+    return [
+        f'Its skip scale is {scale:g} and its class token joins before layer {joins}: '
+        'build the released model so.'
+    ]
 
 
 def _differences(layer):
     """In what a layer differs from those of the released code, in words."""
     if ffn_act(layer.ffn) != 'GELU':
         yield f'its FFN has {ffn_act(layer.ffn)}, not GELU'
+    if layer.ln1.eps != 1e-5:
+        yield f'the eps of its norms is {layer.ln1.eps:g}, not 1e-05'
     attn = layer.attn
-    scale = getattr(attn, 'scale', attn.head_dims**-0.5)
-    if scale != attn.head_dims**-0.5:
-        yield f'it scales its scores by {scale:g} (qk_scale)'
-    if not isinstance(attn, SpatialPriorAttention):
+    if type(attn) is MultiheadAttention:
         return
+    if type(attn) is not SpatialPriorAttention:
+        yield f'it attends with {type(attn).__name__}'
+        return
+    if attn.scale != attn.head_dims**-0.5:
+        yield f'it scales its scores by {attn.scale:g} (qk_scale)'
     if attn.combine != 'multiply':
         yield f'its prior does not only multiply scores (combine={attn.combine!r})'
     prior = attn.prior
-    if isinstance(prior, MLPSpatialPrior):
-        if prior.coords != 'raw':
-            yield f'its prior takes coords={prior.coords!r}, not raw ones'
-        if type(prior.act) is not nn.ReLU:
-            yield f'its prior has {type(prior.act).__name__}, not ReLU'
+    if type(prior) is not MLPSpatialPrior:
+        yield f'its prior is a {type(prior).__name__}'
+    elif prior.coords != 'raw':
+        yield f'its prior takes coords={prior.coords!r}, not raw ones'
+    elif type(prior.act) is not nn.ReLU:
+        yield f'its prior has {type(prior.act).__name__}, not ReLU'
 
 
 def _require(fits, what):

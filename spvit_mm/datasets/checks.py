@@ -481,8 +481,7 @@ class GuardedLoading:
                     'can leave out its own images with --skip-corrupt-images.'
                 ) from error
             self.skipped += 1
-            # mmengine's logger tells of all processes what is an error.
-            print_log(f'Left out. {message}', logger='current', level=logging.ERROR)
+            print_log(f'Left out. {message}', logger='current', level=logging.WARNING)
             return None
         # None, of `ignore_empty=True`, is an image that is left out.
         if self.check is not None and results is not None:

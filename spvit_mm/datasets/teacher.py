@@ -270,7 +270,8 @@ def _open_label_root(label_root, settings):
     if osp.isfile(path):
         with open(path, encoding='utf-8') as file:
             found = json.load(file)
-        # Folders that were begun before it was kept have no preprocessing.
+        # A folder that was begun before it was kept takes up what comes first.
+        complete = 'preprocessing' in found
         found.setdefault('preprocessing', settings['preprocessing'])
         differing = [key for key in settings if found.get(key) != settings[key]]
         if differing:
@@ -282,12 +283,18 @@ def _open_label_root(label_root, settings):
                 f'The label maps in {label_root} were made otherwise ({listed[:500]}). '
                 'Give another folder, so that maps of two kinds are not mixed.'
             )
+        if not complete:
+            _write_settings(path, settings)
         return
     if osp.isdir(label_root) and find_label_maps(label_root):
         raise UserError(
             f'{label_root} holds .pt files, but no {INFO_FILE} that says how they were '
             'made. Give a new folder, so that they are neither mixed nor lost.'
         )
+    _write_settings(path, settings)
+
+
+def _write_settings(path, settings):
     with whole_file(path) as partial, open(partial, 'w', encoding='utf-8') as file:
         json.dump(settings, file, indent=1)
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from ..utils import UserError
 from .recording import evaluating, record_attention
 
+# Images at a time in the perturbation test.
+BATCH = 64
 METHODS = ('gradient', 'rollout', 'gradcam')
 
 
@@ -80,6 +82,7 @@ def relevance_maps(model, inputs, targets=None, method='gradient'):
         inputs = inputs.detach().requires_grad_()
         with record_attention(model) as recording:
             scores = class_scores(model, inputs)
+        _check_grid(recording, model)
         maps = [m.weights for m in recording.maps]
         if method == 'gradient':
             picked = scores.gather(1, _targets(scores, targets)[:, None]).sum()
@@ -90,7 +93,6 @@ def relevance_maps(model, inputs, targets=None, method='gradient'):
             ]
         else:
             steps = [a.mean(1) for a in maps]
-    _check_grid(recording, model)
     chain = None
     for step in steps:
         step = step.detach()
@@ -236,8 +238,8 @@ def perturbation_test(model, inputs, labels, maps, steps=10):
                 keep = torch.ones_like(maps).flatten(1)
                 keep.scatter_(1, order[:, :count], 0.0)
                 mask = F.interpolate(keep.view_as(maps)[:, None], inputs.shape[-2:])
-                # No more at a time than a batch of training has.
-                parts = zip(inputs.split(64), mask.to(inputs).split(64), strict=True)
+                masks = mask.to(inputs).split(BATCH)
+                parts = zip(inputs.split(BATCH), masks, strict=True)
                 scores = [class_scores(model, image * part) for image, part in parts]
                 right = torch.cat(scores).argmax(dim=1) == labels
                 curve.append(right.float().mean().item())

@@ -35,7 +35,7 @@ ZIP_MAGIC = b'PK\x03\x04'
 # How files of PyTorch before 1.6 start: a pickled number.
 LEGACY_MAGIC = b'l\xfc\x9cF\xf9 j\xa8P\x19.'
 # `deit_small_patch16_224-cd65a155.pth`: the hash of what is in it, as torch.hub has it.
-HASHED_NAME = re.compile(r'-[0-9a-f]{8,}(\.|$)')
+HASHED_NAME = re.compile(r'-(?=\d*[a-f])[0-9a-f]{8,}(\.|$)')  # not a date
 HTML_STARTS = (b'<!doctype', b'<html', b'<head', b'<?xml', b'<!--', b'<body')
 # Whether torch's unpickler can be allowed anything: since PyTorch 2.4.
 CAN_ALLOW = hasattr(torch.serialization, 'add_safe_globals')
@@ -341,10 +341,13 @@ def _download(url):
     """
     from mmengine.dist import barrier, is_main_process
 
-    name = Path(urlparse(url).path).name
+    parts = urlparse(url)
+    name = Path(parts.path).name
     if not HASHED_NAME.search(name):
         stem, dot, suffix = name.rpartition('.')
-        digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+        # Without the query, which may be a signature of the hour.
+        address = f'{parts.netloc}{parts.path}'
+        digest = hashlib.sha256(address.encode()).hexdigest()[:8]
         name = f'{stem}-{digest}{dot}{suffix}' if dot else f'{name}-{digest}'
     path = Path(torch.hub.get_dir(), 'checkpoints', name)
     if is_main_process():

@@ -81,13 +81,11 @@ def check_new_file(
     return path
 
 
-def check_not_source(new: str, *sources: str) -> None:
-    """Raise a UserError if a file to write is one of those that it is made of."""
-    for old in sources:
-        if osp.exists(new) and osp.exists(old) and osp.samefile(new, old):
-            raise UserError(
-                f'{new} would replace what it is made of. Give another OUT.'
-            )
+def check_not_source(new: str, source: str) -> None:
+    """Raise a UserError if a file to write is the one that it is made of."""
+    source = osp.expanduser(source)
+    if osp.exists(new) and osp.exists(source) and osp.samefile(new, source):
+        raise UserError(f'{new} would replace what it is made of. Give another name.')
 
 
 @contextmanager

@@ -290,18 +290,28 @@ def test_back_lists_what_has_no_place(change, words):
         (dict(prior=dict(coords='log')), "coords='log', not raw"),
         (dict(prior=dict(act_cfg=dict(type='GELU'))), 'its prior has GELU'),
         (dict(layer_cfgs=dict(act_cfg=dict(type='ReLU'))), 'its FFN has ReLU'),
+        (dict(norm_cfg=dict(eps=1e-6)), 'eps of its norms is 1e-06'),
+        (dict(cls_token_layer=3), 'joins before layer 3'),
+        (
+            dict(prior=dict(hidden_dims=7)),
+            'not that of the checkpoint: .*attn.prior.b1',
+        ),
     ],
 )
 def test_back_asks_the_model_for_what_no_weight_shows(change, words):
     spec = SMALL['spvit']
     state = as_saved(make_state(spec))
     cfg = convert_to_mm({'state_dict': state}, options=options_of(spec)).model
-    change = {k: {**(cfg['backbone'].get(k) or {}), **v} for k, v in change.items()}
+    state = convert_to_mm({'state_dict': state}, options=options_of(spec)).state_dict
+    change = {
+        k: {**(cfg['backbone'].get(k) or {}), **v} if isinstance(v, dict) else v
+        for k, v in change.items()
+    }
     backbone = MODELS.build(dict(cfg['backbone'], _scope_='mmpretrain', **change))
     model = torch.nn.ModuleDict(dict(backbone=backbone, head=torch.nn.Identity()))
-    ours = {f'backbone.{k}': v for k, v in backbone.state_dict().items()}
+    ours = {k: v for k, v in state.items() if k.startswith('backbone.')}
     # The weights are all there, so without the model nothing but a warning is left.
-    notes = convert_to_released({'state_dict': ours}).notes
+    notes = convert_to_released({'state_dict': dict(ours)}).notes
     assert any('WARNING: no weight shows how a prior is used' in x for x in notes)
     if words is None:
         notes = convert_to_released({'state_dict': ours}, model=model).notes
@@ -895,12 +905,20 @@ def test_command_line_there_and_back(tmp_path, source_file):
     tool()([str(source_file), str(out), '--skip-scale', '2'])
     assert sorted(p.name for p in out.parent.iterdir()) == ['ours.pth', 'ours.py']
     tool()([str(out), str(back), '--to', 'spvit'])
-    # Its config, which is beside it, is asked.
-    added = ('--cfg-options', 'model.backbone.attn_cfg.combine=add')
-    with pytest.raises(UserError, match="combine='add'"):
-        tool()([str(out), str(tmp_path / 'b.pth'), '--to', 'spvit', *added])
     want = torch.load(source_file, weights_only=True)['state_dict']
     assert_same(torch.load(back, weights_only=True)['state_dict'], want)
+    # Its config, which is beside it, is asked.
+    there = [str(out), str(tmp_path / 'b.pth'), '--to', 'spvit']
+    with pytest.raises(UserError, match="combine='add'"):
+        tool()([*there, '--cfg-options', 'model.backbone.attn_cfg.combine=add'])
+    with pytest.raises(UserError, match='typo.py does not exist'):
+        tool()([*there, '--config', str(tmp_path / 'typo.py')])
+    # A config of a model without a head has a new one.
+    bare = tmp_path / 'bare.pth'
+    tool()([str(source_file), str(bare), '--skip-scale', '2', '--classifier', 'none'])
+    tool()([str(bare), *there[1:]])
+    written = torch.load(tmp_path / 'b.pth', weights_only=True)['state_dict']
+    assert_same(written, {k: v for k, v in want.items() if 'head' not in k})
 
 
 def test_command_line_to_timm_by_safetensors(tmp_path):

@@ -216,7 +216,13 @@ def test_maps_of_two_teachers_are_not_mixed(images, tmp_path):
     other.data_preprocessor.mean += 1
     with pytest.raises(ValueError, match='made otherwise .*preprocessing'):
         generate(other, images, tmp_path / 'maps')
-    (tmp_path / 'maps' / 'token_labels.json').unlink()
+    # A folder of before that was kept takes up the first one, and keeps to it.
+    info = tmp_path / 'maps' / 'token_labels.json'
+    kept = json.loads(info.read_text())
+    info.write_text(json.dumps({k: v for k, v in kept.items() if k != 'preprocessing'}))
+    assert generate(cnn(), images, tmp_path / 'maps') == dict(written=0, kept=9)
+    assert json.loads(info.read_text()) == kept
+    info.unlink()
     with pytest.raises(ValueError, match=r'holds \.pt files, but no'):
         generate(cnn(), images, tmp_path / 'maps')
     assert all(p.read_bytes() == data for p, data in before.items())
@@ -235,6 +241,10 @@ def test_bad_input(images, tmp_path):
     headless = dict(type='ImageClassifier', backbone=dict(type='ResNet', depth=18))
     with pytest.raises(ValueError, match='has no `head`'):
         generate(MODELS.build(headless), images, tmp_path / 'maps')
+    other = cnn()
+    del other.head.num_classes
+    with pytest.raises(ValueError, match='LinearClsHead, has no `num_classes`'):
+        generate(other, images, tmp_path / 'maps')
     assert not (tmp_path / 'maps').exists()
 
 

@@ -232,12 +232,24 @@ def test_pictures_are_read_one_by_one(monkeypatch, tmp_path):
         (tmp_path / f'{i}.png').touch()
     read = []
 
-    def load_samples(cfg, model, paths):
-        read.extend(paths)
-        return [SimpleNamespace(inputs=torch.zeros(3, 8, 8)) for _ in paths]
+    def read_samples(cfg, model, paths):
+        for path in paths:
+            read.append(path)
+            yield SimpleNamespace(inputs=torch.zeros(3, 8, 8))
 
-    monkeypatch.setattr(api, 'load_samples', load_samples)
+    monkeypatch.setattr(api, 'read_samples', read_samples)
     images = api.picture_images(None, None, [str(tmp_path)])
     assert read == []
     assert next(images).shape == (1, 3, 8, 8)
     assert read == [str(tmp_path / '0.png')]
+
+
+def test_a_bad_picture_is_blamed_for_itself(trained, tmp_path, capsys):
+    common = (TOOL, CONFIG, trained, tmp_path / 'a.pth', '--data')
+    line = fails(capsys, *common, tmp_path / 'typo.png')
+    assert 'the picture' in line
+    assert 'typo.png does not exist' in line
+    (tmp_path / 'empty.png').touch()
+    line = fails(capsys, *common, tmp_path / 'empty.png')
+    assert 'empty.png cannot be read: it is empty' in line
+    assert 'measured' not in line

@@ -105,7 +105,7 @@ def parse_args(argv: list) -> argparse.Namespace:
 
 
 def main(argv: list) -> None:
-    from spvit_mm.apis import load_config
+    from spvit_mm.apis import build_model, load_config, load_trained_model
     from spvit_mm.convert import Options, convert_file
     from spvit_mm.utils import UserError
 
@@ -115,12 +115,19 @@ def main(argv: list) -> None:
     }
     trust = args.pop('trust_checkpoint')
     config, cfg_options = args.pop('config'), args.pop('cfg_options')
-    target, src = files['target'], files['src']
-    if target == 'mm':
-        if config or cfg_options:
-            raise UserError('--config and --cfg-options are for --to timm and spvit.')
-    elif config := find_config(config, src, needed=target == 'timm'):
-        files['model'] = load_ours(load_config(config, cfg_options), src, args, target)
+    to, src = files['target'], files['src']
+    if to == 'mm' and (config or cfg_options):
+        raise UserError('--config and --cfg-options are for --to timm and spvit.')
+    if to != 'mm' and (config := find_config(config, src, needed=to == 'timm')):
+        cfg = load_config(config, cfg_options)
+        if to == 'spvit':
+            files['model'] = build_model(cfg)
+        else:
+            files['model'], loaded = load_trained_model(cfg, src)
+            if args['weights'] == 'plain' and 'ema_state_dict' in loaded:
+                raise UserError(
+                    '--to timm converts the EMA weights; --weights plain does not.'
+                )
     elif cfg_options:
         raise UserError('--cfg-options change a config: name it with --config.')
     try:
@@ -138,22 +145,10 @@ def find_config(config: str | None, src: str, needed: bool) -> str | None:
         if not (named or needed):
             return None
         raise UserError(
-            f'The config of SRC is needed, and {config} does not exist: name it '
-            'with --config. No weight shows how a prior is used, which layers are '
-            'scaled, or where the class token joins.'
+            f'The config {config} does not exist: name it with --config. No weight shows '
+            'how a prior is used, which layers are scaled, or where the class token joins.'
         )
     return config
-
-
-def load_ours(cfg, src: str, args: dict, target: str):
-    """The model of a checkpoint of ours."""
-    from spvit_mm.apis import load_trained_model
-    from spvit_mm.utils import UserError
-
-    model, loaded = load_trained_model(cfg, src)
-    if target == 'timm' and args['weights'] == 'plain' and 'ema_state_dict' in loaded:
-        raise UserError('--to timm converts the EMA weights; --weights plain does not.')
-    return model
 
 
 if __name__ == '__main__':

@@ -174,6 +174,8 @@ def main(argv: list) -> None:
 
     try:
         masses, grid = offset_mass(masked, seen(images))
+    except UserError:  # of a picture
+        raise
     except ValueError as error:  # images of another grid than that of a deploy form
         raise UserError(f'{args.checkpoint} cannot be measured: {error}') from error
     kept = sparsify(masked, masses, args.keep_mass, args.by)

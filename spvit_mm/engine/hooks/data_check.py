@@ -88,8 +88,9 @@ class DataCheckHook(Hook):
     def after_train_epoch(self, runner, checkpoint=None) -> None:
         count = int(self._skipped) if self._skipped is not None else 0
         if count > self._reported:
-            where = f' by the first of {runner.world_size} processes'
-            where = where if runner.world_size > 1 else ''
+            # mmengine's logger shows the warnings of the first process alone.
+            several = runner.world_size > 1
+            where = f' by the first of {runner.world_size} processes' if several else ''
             runner.logger.warning(
                 f'{count} images that could not be read were left out so far{where} '
                 '(each time that one is drawn counts); they are named above.'
