@@ -111,15 +111,18 @@ def draw_record(path: Path, out_dir: Path) -> None:
     ]
     results = [x for own in record.values() for x in own]
     sizes = accuracies_at_sizes(runs, results) if runs[0].tests else {}
-    figure = new_figure(12 + 6 * len(sizes), 5)
-    axes = figure.subplots(1, 2 + len(sizes))
+    height = 2 if sizes else 1
+    figure = new_figure(12, 5 * height)
+    axes = figure.subplots(height, 2).flatten()
     shown = [row for row in tables[BASELINES[1]] if row['setting'] != 'none']
     draw_differences(axes[0], shown)
     axes[0].set_title(f'to {BASELINES[1]!r}')
     draw_curves(axes[1], {k: [x['curve'] for x in own] for k, own in record.items()})
     against = dict.fromkeys(record, BASELINES[0])
-    for axis, (name, found) in zip(axes[2:], sizes.items(), strict=True):
+    for axis, (name, found) in zip(axes[2:], sizes.items(), strict=False):
         draw_sizes(axis, name, runs, found, against)
+    for axis in axes[2 + len(sizes) :]:
+        axis.set_axis_off()
     save_figure(figure, str(out_dir / f'{path.stem}.png'), dpi=90)
 
 
