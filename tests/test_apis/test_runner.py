@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 
 from spvit_mm.apis.runner import add_hook, merge_common_args
 from spvit_mm.apis.schedule import shorten_schedulers
-from spvit_mm.apis.train import _set_precision, _shorten_schedule
+from spvit_mm.apis.train import _shorten_schedule, set_precision
 from spvit_mm.engine.hooks import DataCheckHook, LoadReportHook
 from tests.test_engine.tiny import make_data, write_config
 from tests.test_tools.test_train_test import command, fails
@@ -65,7 +65,7 @@ def test_a_hook_given_as_a_class_runs_once(tmp_path, capsys):
 @pytest.mark.parametrize('kind', ['OptimWrapper', 'mmengine.OptimWrapper'])
 def test_precision_of_wrappers_by_name(kind):
     wrapper = ConfigDict(type=kind)
-    _set_precision(wrapper, amp=True)
+    set_precision(wrapper, amp=True)
     assert wrapper.type in ('AmpOptimWrapper', 'mmpretrain.BFloat16OptimWrapper')
 
 

@@ -39,27 +39,33 @@ def parse_args(argv: list) -> argparse.Namespace:
     return args
 
 
+def check_layers(wanted: list | None, depth: int) -> None:
+    """Raise a UserError for a layer that is not there."""
+    from spvit_mm.utils import UserError
+
+    if wanted and max(wanted) > depth:
+        raise UserError(f'--layers takes numbers in 1..{depth}, got {wanted}.')
+
+
 def main(argv: list) -> None:
     from spvit_mm.apis import beside, load_model, load_samples
-    from spvit_mm.explain import draw_query_attention, query_attention
-    from spvit_mm.utils import UserError, check_new_folder, save_figure
+    from spvit_mm.explain import draw_query_attention, find_attentions, query_attention
+    from spvit_mm.utils import check_new_folder, save_figure
 
     args = parse_args(argv)
     if args.out_dir is None:
         args.out_dir = beside(args.checkpoint, 'attention')
     folder = check_new_folder(args.out_dir)
     cfg, model = load_model(args.config, args.checkpoint, args.cfg_options)
+    check_layers(args.layers, len(find_attentions(model)))
     (sample,) = load_samples(
         cfg, model, None if args.image is None else [args.image], 1
     )
     layers = query_attention(model, sample.inputs[None], tuple(args.query))
     # Those that are run: none after the last of `out_indices`.
-    depth = len(layers)
-    wanted = args.layers or range(1, depth + 1)
-    if max(wanted) > depth:
-        raise UserError(f'--layers takes numbers in 1..{depth}, got {args.layers}.')
+    check_layers(args.layers, len(layers))
     row, column = args.query
-    for i in wanted:
+    for i in args.layers or range(1, len(layers) + 1):
         layer = layers[i - 1]
         title = f'{layer.layer} ({layer.kind}), {sample.name}, patch ({row}, {column})'
         figure = draw_query_attention(layer, args.query, sample.picture, title)
