@@ -55,8 +55,8 @@ def compare(
         against (dict): The baseline of each setting.
         pooled (bool): Take the deviation of a seed from all settings together
             (:func:`seed_deviation`), not from one setting's differences: for two or
-            three seeds, whose own deviation is mostly chance. It takes all settings to vary alike. A single seed has an
-            interval then, too. Defaults to False.
+            three seeds, whose own deviation is mostly chance. It takes all settings to
+            vary alike. A single seed has an interval then, too. Defaults to False.
 
     Returns:
         list[dict]: One row per setting. ``interval`` is half the 95 % interval of the

@@ -141,11 +141,10 @@ def main(argv=None) -> None:
                 studies.setdefault(study, {})[title] = read_rows(path)
     for study, panels in studies.items():
         draw(panels, args.out_dir / f'{study}.png')
-    for name in ('cifar10', 'cifar10_embed', 'imagenette'):
-        name = f'positions_{name}'
-        if (path := STUDIES / f'{name}.jsonl').exists():
+    for data in ('cifar10', 'cifar10_embed', 'imagenette'):
+        if (path := STUDIES / f'positions_{data}.jsonl').exists():
             draw_record(path, args.out_dir)
-            studies[name] = None
+            studies[path.stem] = None
     draw_search(STUDIES / 'start_search.csv', args.out_dir / 'start_search.png')
     print(f'Drawn into {args.out_dir}: {", ".join(studies)}, start_search')
 

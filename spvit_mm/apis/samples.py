@@ -76,10 +76,10 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
             a config without test data.
     """
     check_entries(cfg, ('test_dataloader',))
-    settings = cfg.test_dataloader.dataset
-    bgr = _is_bgr(settings.get('pipeline') or [], model)
     if paths:
         return list(read_samples(cfg, model, paths))
+    settings = cfg.test_dataloader.dataset
+    bgr = _is_bgr(settings.get('pipeline') or [], model)
     with building('The test data set'):
         dataset = DATASETS.build(settings)
     count = min(count, len(dataset))

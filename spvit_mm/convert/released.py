@@ -1,7 +1,6 @@
 """The way back: a state dict of ours for the authors' code."""
 
 import torch.nn.functional as F
-from mmpretrain.models.utils import MultiheadAttention
 from torch import nn
 
 from ..models import MLPSpatialPrior, SpatialPriorAttention
@@ -9,7 +8,7 @@ from ..utils import CheckpointError
 from . import names
 from .state import to_theirs
 from .structure import check_state, infer_structure
-from .to_timm import ffn_act
+from .to_timm import ffn_act, scores_apart
 
 
 def to_released(state):
@@ -129,13 +128,9 @@ def _differences(layer):
     if layer.ln1.eps != 1e-5:
         yield f'the eps of its norms is {layer.ln1.eps:g}, not 1e-05'
     attn = layer.attn
-    if type(attn) is MultiheadAttention:
-        return
+    yield from scores_apart(attn)
     if type(attn) is not SpatialPriorAttention:
-        yield f'it attends with {type(attn).__name__}'
         return
-    if attn.scale != attn.head_dims**-0.5:
-        yield f'it scales its scores by {attn.scale:g} (qk_scale)'
     if attn.combine != 'multiply':
         yield f'its prior does not only multiply scores (combine={attn.combine!r})'
     prior = attn.prior

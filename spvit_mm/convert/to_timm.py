@@ -126,13 +126,9 @@ def _layers(backbone):
 
 def _attention(attn, hw, omega):
     """In what an attention differs, in words; ``omega`` is that of all layers."""
-    if type(attn) is MultiheadAttention:
-        return
+    yield from scores_apart(attn)
     if type(attn) is not SpatialPriorAttention:
-        yield f'it attends with {type(attn).__name__}'
         return
-    if attn.scale != attn.head_dims**-0.5:
-        yield f'it scales its scores by {attn.scale:g} (qk_scale)'
     prior, bias, keep = attn.score_tables(hw, omega=omega)
     for what, table, neutral in (
         ('multiplies its scores by', prior, 1),
@@ -143,6 +139,14 @@ def _attention(attn, hw, omega):
             yield f'its prior {what} {low:.4g} to {high:.4g}'
     if keep is not None and not keep.all():
         yield 'its prior masks offsets'
+
+
+def scores_apart(attn):
+    """In what an attention differs beside its prior, in words, from the other codes."""
+    if type(attn) not in (MultiheadAttention, SpatialPriorAttention):
+        yield f'it attends with {type(attn).__name__}'
+    elif type(attn) is SpatialPriorAttention and attn.scale != attn.head_dims**-0.5:
+        yield f'it scales its scores by {attn.scale:g} (qk_scale)'
 
 
 def ffn_act(ffn):
