@@ -24,7 +24,9 @@ from spvit_mm.utils import new_figure, save_figure
 STUDIES = Path(__file__).resolve().parents[1] / 'docs' / 'studies'
 DATA = {'digits': 'digits', 'cifar': 'CIFAR-10, 5,000 images'}
 NAMES = ('setting', 'against')
-# What the methods of the position study are compared with.
+# The records of the position study: positions_NAME.jsonl.
+RECORDS = ('cifar10', 'cifar10_embed', 'cifar10_120e', 'imagenette')
+# What its methods are compared with, where a record has it.
 BASELINES = ('none', 'product, cone')
 
 
@@ -90,6 +92,7 @@ def draw_record(path: Path, out_dir: Path) -> None:
     tables = {
         baseline: compare(ends, dict.fromkeys(ends, baseline), pooled=True)
         for baseline in BASELINES
+        if baseline in ends
     }
     print(path.stem)
     for rows in tables.values():
@@ -114,9 +117,10 @@ def draw_record(path: Path, out_dir: Path) -> None:
     height = 2 if sizes else 1
     figure = new_figure(12, 5 * height)
     axes = figure.subplots(height, 2).flatten()
-    shown = [row for row in tables[BASELINES[1]] if row['setting'] != 'none']
+    baseline = list(tables)[-1]
+    shown = [row for row in tables[baseline] if row['setting'] != 'none']
     draw_differences(axes[0], shown)
-    axes[0].set_title(f'to {BASELINES[1]!r}')
+    axes[0].set_title(f'to {baseline!r}')
     draw_curves(axes[1], {k: [x['curve'] for x in own] for k, own in record.items()})
     against = dict.fromkeys(record, BASELINES[0])
     for axis, (name, found) in zip(axes[2:], sizes.items(), strict=False):
@@ -141,7 +145,7 @@ def main(argv=None) -> None:
                 studies.setdefault(study, {})[title] = read_rows(path)
     for study, panels in studies.items():
         draw(panels, args.out_dir / f'{study}.png')
-    for data in ('cifar10', 'cifar10_embed', 'imagenette'):
+    for data in RECORDS:
         if (path := STUDIES / f'positions_{data}.jsonl').exists():
             draw_record(path, args.out_dir)
             studies[path.stem] = None

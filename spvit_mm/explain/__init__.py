@@ -1,6 +1,14 @@
 """What a trained model has learned."""
 
-from .attention_maps import QueryAttention, draw_query_attention, query_attention
+from .attention_maps import (
+    MeanAttention,
+    QueryAttention,
+    draw_mean_attention,
+    draw_query_attention,
+    format_distances,
+    mean_attention,
+    query_attention,
+)
 from .binarize import (
     Kept,
     OffsetMass,
@@ -49,6 +57,7 @@ __all__ = [
     'relevance_maps',
     'AttentionMap',
     'HeadFocus',
+    'MeanAttention',
     'PriorMap',
     'QueryAttention',
     'Recording',
@@ -58,10 +67,13 @@ __all__ = [
     'draw_comparison',
     'draw_priors',
     'draw_strip',
+    'draw_mean_attention',
     'draw_query_attention',
     'find_attentions',
+    'format_distances',
     'format_focus',
     'head_focus',
+    'mean_attention',
     'query_attention',
     'record_attention',
     'why_no_priors',

@@ -1,4 +1,5 @@
-"""Where one patch looks: content, prior and what they make, head by head."""
+"""Where patches look, head by head: one of them, with what makes its attention, or all
+on average."""
 
 from typing import NamedTuple, Optional
 
@@ -6,8 +7,11 @@ import numpy as np
 import torch
 
 from ..utils import UserError, new_figure
-from .prior_maps import MASKED
-from .recording import evaluating, layer_name, record_attention
+from .prior_maps import MASKED, draw_tables
+from .recording import evaluating, layer_name, patch_grid, record_attention
+
+# How many powers of 2 a picture of the mean attention tells apart, up and down.
+MOST = 5
 
 
 class QueryAttention(NamedTuple):
@@ -57,12 +61,7 @@ def query_attention(model, image, query: tuple[int, int]):
     """
     with evaluating(model), record_attention(model) as recording:
         model(image)
-    if recording.grid is None:
-        raise UserError(
-            f'{type(model).__name__} does not tell its grid: it has no `patch_embed` '
-            'that returns tokens and grid.'
-        )
-    height, width = recording.grid
+    height, width = patch_grid(recording, model)
     row, column = query
     if not (0 <= row < height and 0 <= column < width):
         raise UserError(
@@ -93,6 +92,124 @@ def query_attention(model, image, query: tuple[int, int]):
             )
         )
     return result
+
+
+class MeanAttention(NamedTuple):
+    """Where the patches look on average, in one layer; extra tokens are left out.
+
+    Attributes:
+        layer (str): Which layer, in words.
+        kind (str): See :class:`QueryAttention`.
+        table (np.ndarray): (heads, 2H-1, 2W-1), entry [h, dy + H-1, dx + W-1] is the
+            attention that head h gives a key dx to the right of and dy below the query,
+            the mean over all such pairs of all images, where 1 is an even attention to
+            all patches.
+        distance (np.ndarray): Of each head, the mean distance from a query to what it
+            attends to, in patches (heads,).
+        even (float): That distance of an even attention.
+    """
+
+    layer: str
+    kind: str
+    table: np.ndarray
+    distance: np.ndarray
+    even: float
+
+
+@torch.no_grad()
+def mean_attention(model, batches):
+    """The attention of all patches by offset, in every layer.
+
+    Args:
+        model (nn.Module): A backbone or classifier, see
+            :func:`~spvit_mm.explain.record_attention`.
+        batches (Iterable[Tensor]): Images (B, 3, h, w) of one size, as the model takes
+            them (normalized), at least one.
+
+    Returns:
+        List[MeanAttention]: One of each layer.
+
+    Raises:
+        UserError: If images differ in size, or the layers have no common grid.
+    """
+    grids, sums, queries = {}, {}, 0
+    with evaluating(model), record_attention(model) as recording:
+        for images in batches:
+            model(images)
+            height, width = patch_grid(recording, model)
+            grids[height, width] = None
+            if len(grids) > 1:
+                sizes = ' and '.join('{} x {}'.format(*grid) for grid in grids)
+                raise UserError(
+                    'All images must have one size to average over; these make grids of '
+                    f'{sizes} patches.'
+                )
+            queries += len(images)
+            for m in recording.maps:
+                extra = m.weights.shape[-1] - height * width
+                near = m.weights[:, :, extra:, extra:].double()
+                near = near / near.sum(-1, keepdim=True)
+                sums[m.name, m.kind] = sums.get((m.name, m.kind), 0) + near.sum(0).cpu()
+    rows, columns = (x.flatten() for x in np.indices((height, width)))
+    down = rows - rows[:, None]
+    right = columns - columns[:, None]
+    distance = np.hypot(down, right)
+    place = (down + height - 1) * (2 * width - 1) + right + width - 1
+    pairs = np.bincount(place.flatten())
+
+    def by_offset(weights):
+        table = np.bincount(place.flatten(), weights.flatten()) / pairs
+        return table.reshape(2 * height - 1, 2 * width - 1) * len(rows)
+
+    return [
+        MeanAttention(
+            layer=layer_name(name),
+            kind=kind,
+            table=np.stack([by_offset(head) for head in (total / queries).numpy()]),
+            distance=(total.numpy() * distance).sum((1, 2)) / queries / len(rows),
+            even=float(distance.mean()),
+        )
+        for (name, kind), total in sums.items()
+    ]
+
+
+def draw_mean_attention(layers, title=''):
+    """Draw :func:`mean_attention`, one row a layer and one column a head.
+
+    The colours are powers of 2: 0 is an even attention, 5 is 32 times that, -5 a 32nd of
+    it or less. The cross marks the query.
+
+    Args:
+        layers (List[MeanAttention]): From :func:`mean_attention`.
+        title (str): Written above. Defaults to ''.
+
+    Returns:
+        matplotlib.figure.Figure: The figure.
+    """
+    rows = {
+        x.layer: [*np.log2(np.clip(x.table, 2.0**-MOST, 2.0**MOST))] for x in layers
+    }
+    heads = max(map(len, rows.values()))
+    rows = {name: [*own, *[None] * (heads - len(own))] for name, own in rows.items()}
+    label = 'attention over an even one\n(powers of 2)'
+    headings = [f'head {i + 1}' for i in range(heads)]
+    return draw_tables(rows, headings, title, label, reach=MOST, middle=0.0)
+
+
+def format_distances(layers) -> str:
+    """The distances of :func:`mean_attention` as a table of text, one line a layer."""
+    width = max(len(x.layer) for x in layers)
+    heads = max(len(x.distance) for x in layers)
+    lines = [
+        f'Mean distance of the attention in patches; an even one: {layers[0].even:.2f}',
+        f'{"":<{width}}   mean  ' + ' '.join(f'head {i + 1}' for i in range(heads)),
+    ]
+    for x in layers:
+        own = ' '.join(
+            f'{d:>{len(f"head {i + 1}")}.2f}' for i, d in enumerate(x.distance)
+        )
+        lines.append(f'{x.layer:<{width}} {x.distance.mean():>6.2f}  {own}')
+    return '\n'.join(lines)
 
 
 # The words for content, position, bias, scores and weights; None is not drawn.

@@ -187,7 +187,7 @@ def draw_comparison(models, title='', reach=None):
             table = next((m.table for m in maps if m.name == layer), ())
             absent = max(len(m.table) for m in maps) - len(table)
             rows[layer] += [*table, *[None] * absent]
-    return _draw_tables(rows, headings, title, _bar_label(every), groups, reach)
+    return draw_tables(rows, headings, title, _bar_label(every), groups, reach)
 
 
 def draw_strip(steps, title=''):
@@ -208,7 +208,7 @@ def draw_strip(steps, title=''):
                 name = f'{m.name}\nhead {head + 1}' if len(m.table) > 1 else m.name
                 rows.setdefault(name, []).append(table)
     maps = [m for maps in steps.values() for m in maps]
-    return _draw_tables(rows, list(steps), title, _bar_label(maps))
+    return draw_tables(rows, list(steps), title, _bar_label(maps))
 
 
 def animate_priors(steps, title='', dpi=80):
@@ -296,9 +296,10 @@ def _bar_label(maps):
     return f'prior{added}(1 = neutral)'
 
 
-def _draw_tables(rows, headings, title, bar_label, groups=None, reach=None):
+def draw_tables(rows, headings, title, bar_label, groups=None, reach=None, middle=1.0):
     """Draw tables (2H-1, 2W-1): ``rows`` maps a label to a table or None for each
-    of ``headings``; ``groups`` are further words above the columns."""
+    of ``headings``; ``groups`` are further words above the columns, and the colours go
+    by ``reach`` (default: as far as the tables) to both sides of ``middle``."""
     tables = [t for row in rows.values() for t in row if t is not None]
     height, width = tables[0].shape
     cell = 1.4
@@ -329,8 +330,8 @@ def _draw_tables(rows, headings, title, bar_label, groups=None, reach=None):
             image = ax.imshow(
                 table,
                 cmap='RdBu_r',
-                vmin=1 - reach,
-                vmax=1 + reach,
+                vmin=middle - reach,
+                vmax=middle + reach,
                 extent=(-right - 0.5, right + 0.5, down + 0.5, -down - 0.5),
             )
             ax.plot(0, 0, '+', color='black', markersize=7)

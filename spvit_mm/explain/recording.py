@@ -267,6 +267,23 @@ def record_attention(model):
         yield recording
 
 
+def patch_grid(recording, model):
+    """The grid (H, W) of the patches, or a UserError unless all layers have them."""
+    tokens = [m.weights.shape[-1] for m in recording.maps]
+    grid = recording.grid
+    if (
+        grid is None
+        or tokens != sorted(tokens)
+        or min(tokens, default=0) < grid[0] * grid[1]
+    ):
+        raise UserError(
+            f'{type(getattr(model, "backbone", model)).__name__} does not tell where its '
+            'patches are: it needs one grid of them, which `patch_embed` returns, in all '
+            'layers.'
+        )
+    return grid
+
+
 def layer_name(name):
     """A layer in words, from the name of a module in it."""
     parts = name.split('.')

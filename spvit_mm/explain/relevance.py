@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..utils import UserError
-from .recording import evaluating, record_attention
+from .recording import evaluating, patch_grid, record_attention
 
 # Images at a time in the perturbation test.
 BATCH = 64
@@ -82,7 +82,7 @@ def relevance_maps(model, inputs, targets=None, method='gradient'):
         inputs = inputs.detach().requires_grad_()
         with record_attention(model) as recording:
             scores = class_scores(model, inputs)
-        _check_grid(recording, model)
+        height, width = patch_grid(recording, model)
         maps = [m.weights for m in recording.maps]
         if method == 'gradient':
             picked = scores.gather(1, _targets(scores, targets)[:, None]).sum()
@@ -103,7 +103,6 @@ def relevance_maps(model, inputs, targets=None, method='gradient'):
             chain = step @ chain
         else:
             chain = chain + step @ chain
-    height, width = recording.grid
     extra = chain.shape[-1] - height * width
     out_type = getattr(model.backbone, 'out_type', 'cls_token')
     if extra and out_type in ('cls_token', 'raw'):
@@ -111,16 +110,6 @@ def relevance_maps(model, inputs, targets=None, method='gradient'):
     else:
         rows = chain[:, extra:, extra:].mean(dim=1)
     return rows.unflatten(1, (height, width))
-
-
-def _check_grid(recording, model):
-    """Raise a UserError unless the patches are the same in all layers."""
-    tokens = [m.weights.shape[-1] for m in recording.maps]
-    if recording.grid is None or tokens != sorted(tokens):
-        raise UserError(
-            f'The relevance of patches in {type(model.backbone).__name__} cannot be told: '
-            'it needs one grid of patches, which `patch_embed` returns, in all layers.'
-        )
 
 
 def _targets(scores, targets):
@@ -169,8 +158,7 @@ def _gradcam(model, inputs, targets):
         ) from error
     with torch.no_grad(), record_attention(model) as recording:
         targets = _targets(class_scores(model, inputs), targets)
-    _check_grid(recording, model)
-    height, width = recording.grid
+    height, width = patch_grid(recording, model)
 
     def to_images(tokens):
         # (B, T, C) -> (B, C, H, W), without the extra tokens in front

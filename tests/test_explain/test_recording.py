@@ -6,7 +6,10 @@ from torch import nn
 
 from spvit_mm.explain import (
     attention_terms,
+    draw_mean_attention,
     draw_query_attention,
+    format_distances,
+    mean_attention,
     query_attention,
     record_attention,
 )
@@ -276,3 +279,47 @@ def test_picture_of_a_patch_has_a_row_for_each_term(form, rows):
         assert not hidden[1, 2:].any()
         low, high = ax.images[0].get_clim()
         assert np.isfinite([low, high]).all()
+
+
+@pytest.mark.parametrize('attn_cfg', ATTENTIONS)
+def test_mean_attention_is_that_of_all_pairs(attn_cfg):
+    model = build(attn_cfg, cls_token_layer=2)
+    first, second = torch.randn(2, 3, 24, 32).double(), torch.randn(1, 3, 24, 32)
+    layers = mean_attention(model, [first, second.double()])
+    with record_attention(model) as recording:
+        model(torch.cat([first, second.double()]))
+    assert [x.layer for x in layers] == ['layer 1', 'layer 2', 'layer 3']
+    assert [x.kind for x in layers] == [m.kind for m in recording.maps]
+    for layer, m in zip(layers, recording.maps, strict=True):
+        weights = m.weights.detach()[..., -12:, -12:]
+        weights = weights / weights.sum(-1, keepdim=True)
+        found, far = {}, torch.zeros(4)
+        for query in range(12):
+            for key in range(12):
+                down, right = key // 4 - query // 4, key % 4 - query % 4
+                pair = weights[..., query, key].mean(0)
+                found.setdefault((down, right), []).append(pair)
+                far = far + pair * np.hypot(down, right) / 12
+        for (down, right), pairs in found.items():
+            mean = torch.stack(pairs).mean(0) * 12
+            np.testing.assert_allclose(layer.table[:, down + 2, right + 3], mean)
+        np.testing.assert_allclose(layer.distance, far)
+    # One line a layer under two of heads; one axis a head and the colours.
+    assert len(format_distances(layers).splitlines()) == 5
+    assert len(draw_mean_attention(layers).axes) == 13
+
+
+def test_an_even_attention_is_1_everywhere():
+    model = build()
+    for layer in model.layers:
+        nn.init.zeros_(layer.attn.qkv.weight)
+        nn.init.zeros_(layer.attn.qkv.bias)
+    for layer in mean_attention(model, [torch.randn(2, 3, 24, 32).double()]):
+        np.testing.assert_allclose(layer.table, 1)
+        np.testing.assert_allclose(layer.distance, layer.even)
+
+
+def test_mean_attention_of_two_sizes_is_refused():
+    images = [torch.rand(1, 3, 24, side).double() for side in (32, 32, 40)]
+    with pytest.raises(ValueError, match='make grids of 3 x 4 and 3 x 5 patches'):
+        mean_attention(build(), images)

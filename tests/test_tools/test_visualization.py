@@ -90,6 +90,27 @@ def test_attention_of_a_patch(checkpoint, tmp_path, capsys):
     assert len(list(out.glob('*.png'))) == 2
 
 
+def test_mean_attention_with_and_without_priors(checkpoint, tmp_path, capsys):
+    far = {}
+    for name, config in (('local', CONFIG), ('plain', BASELINE)):
+        args = (config, checkpoint(config), '--count', 5, '--out-dir', tmp_path / name)
+        run('visualization/show_attention.py', *args)
+        assert [p.name for p in (tmp_path / name).iterdir()] == ['mean.png']
+        lines = capsys.readouterr().out.splitlines()
+        first = next(line for line in lines if line.startswith('layer 1'))
+        far[name] = float(first.split()[2])
+        assert any(line.startswith('layer 4') for line in lines)
+    # This start is local, and a plain ViT starts as good as even (2.67).
+    assert far['local'] < 1.5 < 2.5 < far['plain']
+    picture = tmp_path / 'digit.png'
+    cv2.imwrite(str(picture), np.random.default_rng(0).integers(0, 255, (24, 24, 3)))
+    args = ('--image', picture, '--layers', 2, '--out-dir', tmp_path / 'one')
+    run('visualization/show_attention.py', CONFIG, checkpoint(CONFIG), *args)
+    out = capsys.readouterr().out
+    assert 'layer 2' in out
+    assert 'layer 1' not in out
+
+
 def test_relevance_of_two_models_and_the_table(checkpoint, tmp_path, capsys):
     one, two = checkpoint(CONFIG), checkpoint(BASELINE)
     run(

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Show where one patch of an image looks: content score, prior, their product or sum,
-and attention of every head, one PNG a layer."""
+and attention of every head, one PNG a layer. Without --query, where all patches look on
+average: one PNG, and how far away it is in patches. Models without priors, too."""
 
 import argparse
 import os.path as osp
@@ -16,12 +17,17 @@ def parse_args(argv: list) -> argparse.Namespace:
         '--query',
         type=number(0),
         nargs=2,
-        required=True,
         metavar=('ROW', 'COLUMN'),
-        help='the patch, counted from 0 at the upper left',
+        help='the patch, counted from 0 at the upper left (default: all)',
     )
     parser.add_argument(
         '--image', help='an image file (default: the first of the test data set)'
+    )
+    parser.add_argument(
+        '--count',
+        type=number(1),
+        default=64,
+        help='images of the test data set for the average (default: 64)',
     )
     parser.add_argument(
         '--layers',
@@ -49,7 +55,14 @@ def check_layers(wanted: list | None, depth: int) -> None:
 
 def main(argv: list) -> None:
     from spvit_mm.apis import beside, load_model, load_samples
-    from spvit_mm.explain import draw_query_attention, find_attentions, query_attention
+    from spvit_mm.explain import (
+        draw_mean_attention,
+        draw_query_attention,
+        find_attentions,
+        format_distances,
+        mean_attention,
+        query_attention,
+    )
     from spvit_mm.utils import check_new_folder, save_figure
 
     args = parse_args(argv)
@@ -58,9 +71,23 @@ def main(argv: list) -> None:
     folder = check_new_folder(args.out_dir)
     cfg, model = load_model(args.config, args.checkpoint, args.cfg_options)
     check_layers(args.layers, len(find_attentions(model)))
-    (sample,) = load_samples(
-        cfg, model, None if args.image is None else [args.image], 1
+    count = args.count if args.query is None else 1
+    samples = load_samples(
+        cfg, model, None if args.image is None else [args.image], count
     )
+    if args.query is None:
+        layers = mean_attention(model, (s.inputs[None] for s in samples))
+        check_layers(args.layers, len(layers))
+        layers = [layers[i - 1] for i in args.layers or range(1, len(layers) + 1)]
+        name = osp.splitext(osp.basename(args.config))[0]
+        title = f'Where the patches of {name} look\n{osp.basename(args.checkpoint)}'
+        figure = draw_mean_attention(layers, title)
+        path = osp.join(folder, 'mean.png')
+        save_figure(figure, path, dpi=120)
+        print(format_distances(layers))
+        print(path)
+        return
+    (sample,) = samples
     layers = query_attention(model, sample.inputs[None], tuple(args.query))
     # Those that are run: none after the last of `out_indices`.
     check_layers(args.layers, len(layers))
