@@ -132,7 +132,7 @@ def mean_attention(model, batches):
     Raises:
         UserError: If images differ in size, or the layers have no common grid.
     """
-    grids, sums, queries = {}, {}, 0
+    grids, sums, count = {}, {}, 0
     with evaluating(model), record_attention(model) as recording:
         for images in batches:
             model(images)
@@ -144,7 +144,7 @@ def mean_attention(model, batches):
                     'All images must have one size to average over; these make grids of '
                     f'{sizes} patches.'
                 )
-            queries += len(images)
+            count += len(images)
             for m in recording.maps:
                 extra = m.weights.shape[-1] - height * width
                 near = m.weights[:, :, extra:, extra:].double()
@@ -165,8 +165,8 @@ def mean_attention(model, batches):
         MeanAttention(
             layer=layer_name(name),
             kind=kind,
-            table=np.stack([by_offset(head) for head in (total / queries).numpy()]),
-            distance=(total.numpy() * distance).sum((1, 2)) / queries / len(rows),
+            table=np.stack([by_offset(head) for head in (total / count).numpy()]),
+            distance=(total.numpy() * distance).sum((1, 2)) / count / len(rows),
             even=float(distance.mean()),
         )
         for (name, kind), total in sums.items()
