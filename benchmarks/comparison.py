@@ -45,7 +45,9 @@ def seed_deviation(values: dict[str, list[float]]) -> tuple[float, int]:
 
 
 def compare(
-    values: dict[str, list[float]], against: dict[str, str], pooled: bool = False
+    values: dict[str, list[float]],
+    against: dict[str, str],
+    pooled: bool | dict[str, list[float]] = False,
 ) -> list[dict]:
     """Mean and deviation of each setting, and its difference to its baseline.
 
@@ -53,10 +55,11 @@ def compare(
         values (dict): By setting, one value per seed, the seeds in one order. Where a
             setting or its baseline lacks the last seeds, the others are compared.
         against (dict): The baseline of each setting.
-        pooled (bool): Take the deviation of a seed from all settings together
-            (:func:`seed_deviation`), not from one setting's differences: for two or
-            three seeds, whose own deviation is mostly chance. It takes all settings to
-            vary alike. A single seed has an interval then, too. Defaults to False.
+        pooled (bool | dict): Take the deviation of a seed from all settings together
+            (:func:`seed_deviation`), or from those given here, not from one setting's
+            differences: for two or three seeds, whose own deviation is mostly chance.
+            It takes all settings to vary alike. A single seed has an interval then,
+            too. Defaults to False.
 
     Returns:
         list[dict]: One row per setting. ``interval`` is half the 95 % interval of the
@@ -65,7 +68,9 @@ def compare(
     """
     from scipy import stats
 
-    deviation, freedom = seed_deviation(values) if pooled else (np.nan, 0)
+    deviation, freedom = np.nan, 0
+    if pooled:
+        deviation, freedom = seed_deviation(values if pooled is True else pooled)
     rows = []
     for setting, found in values.items():
         found, n = np.array(found, dtype=float), len(found)

@@ -24,8 +24,9 @@ from spvit_mm.utils import new_figure, save_figure
 STUDIES = Path(__file__).resolve().parents[1] / 'docs' / 'studies'
 DATA = {'digits': 'digits', 'cifar': 'CIFAR-10, 5,000 images'}
 NAMES = ('setting', 'against')
-# The records of the position study: positions_NAME.jsonl.
-RECORDS = ('cifar10', 'cifar10_embed', 'cifar10_120e', 'imagenette')
+# The records of the position study, positions_NAME.jsonl, by data: those of one share
+# the deviation of a seed.
+RECORDS = (('cifar10', 'cifar10_embed', 'cifar10_120e'), ('imagenette',))
 # What its methods are compared with, where a record has it.
 BASELINES = ('none', 'product, cone')
 
@@ -85,12 +86,30 @@ def read_record(path: Path) -> dict[str, list[dict]]:
     return {setting: results for setting, results in whole.items() if results}
 
 
-def draw_record(path: Path, out_dir: Path) -> None:
-    """Tables, a CSV and a figure of a record of the position study."""
-    record = read_record(path)
-    ends = {setting: list(map(final, own)) for setting, own in record.items()}
+def draw_records(paths: list[Path], out_dir: Path) -> None:
+    """Tables, CSVs and figures of records of the position study.
+
+    The deviation of a seed is taken from all that are given: a method's with and without
+    an absolute embedding count as two methods, and a run that two records have as one.
+    """
+    records = {path: read_record(path) for path in paths}
+    ends = {
+        path: {setting: list(map(final, own)) for setting, own in record.items()}
+        for path, record in records.items()
+    }
+    every = {
+        tuple(x['key'] for x in own): ends[path][setting]
+        for path, record in records.items()
+        for setting, own in record.items()
+    }
+    for path, record in records.items():
+        draw_record(path, record, ends[path], every, out_dir)
+
+
+def draw_record(path: Path, record: dict, ends: dict, every: dict, out_dir: Path):
+    """Those of one record, with the last accuracies of its and of ``every`` setting."""
     tables = {
-        baseline: compare(ends, dict.fromkeys(ends, baseline), pooled=True)
+        baseline: compare(ends, dict.fromkeys(ends, baseline), pooled=every)
         for baseline in BASELINES
         if baseline in ends
     }
@@ -145,10 +164,11 @@ def main(argv=None) -> None:
                 studies.setdefault(study, {})[title] = read_rows(path)
     for study, panels in studies.items():
         draw(panels, args.out_dir / f'{study}.png')
-    for data in RECORDS:
-        if (path := STUDIES / f'positions_{data}.jsonl').exists():
-            draw_record(path, args.out_dir)
-            studies[path.stem] = None
+    for names in RECORDS:
+        paths = [STUDIES / f'positions_{name}.jsonl' for name in names]
+        paths = [path for path in paths if path.exists()]
+        draw_records(paths, args.out_dir)
+        studies.update((path.stem, None) for path in paths)
     draw_search(STUDIES / 'start_search.csv', args.out_dir / 'start_search.png')
     print(f'Drawn into {args.out_dir}: {", ".join(studies)}, start_search')
 
