@@ -27,8 +27,8 @@ NAMES = ('setting', 'against')
 # The records of the position study, positions_NAME.jsonl, by data: those of one share
 # the deviation of a seed.
 RECORDS = (('cifar10', 'cifar10_embed', 'cifar10_120e'), ('imagenette',))
-# What its methods are compared with, where a record has it.
-BASELINES = ('none', 'product, cone')
+# What its methods are compared with: the first two of these that a record has.
+BASELINES = ('none', 'product, cone', 'sum, cone')
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -86,33 +86,39 @@ def read_record(path: Path) -> dict[str, list[dict]]:
     return {setting: results for setting, results in whole.items() if results}
 
 
-def draw_records(paths: list[Path], out_dir: Path) -> None:
+def draw_records(paths: list[Path], out_dir: Path) -> list[str]:
     """Tables, CSVs and figures of records of the position study.
 
-    The deviation of a seed is taken from all that are given: a method's with and without
-    an absolute embedding count as two methods, and a run that two records have as one.
+    The deviation of a seed is taken from all that are given. A method with an absolute
+    embedding, or trained longer, counts as another one; a run that two records have counts
+    once. A record in which nothing can be compared yet is left out.
+
+    Returns:
+        list[str]: The names of those that are drawn.
     """
     records = {path: read_record(path) for path in paths}
-    ends = {
-        path: {setting: list(map(final, own)) for setting, own in record.items()}
-        for path, record in records.items()
-    }
-    every = {
-        tuple(x['key'] for x in own): ends[path][setting]
-        for path, record in records.items()
-        for setting, own in record.items()
-    }
+    ends, every = {}, {}
     for path, record in records.items():
-        draw_record(path, record, ends[path], every, out_dir)
+        ends[path] = {setting: list(map(final, own)) for setting, own in record.items()}
+        for setting, own in record.items():
+            first = own[0]['key']
+            every[first] = max(every.get(first, []), ends[path][setting], key=len)
+    drawn = []
+    for path, record in records.items():
+        tables = {
+            baseline: compare(ends[path], dict.fromkeys(record, baseline), pooled=every)
+            for baseline in [x for x in BASELINES if x in record][:2]
+        }
+        if tables and len(record) > 1:
+            draw_record(path, record, tables, out_dir)
+            drawn.append(path.stem)
+        else:
+            print(f'{path.stem} has nothing to compare yet.')
+    return drawn
 
 
-def draw_record(path: Path, record: dict, ends: dict, every: dict, out_dir: Path):
-    """Those of one record, with the last accuracies of its and of ``every`` setting."""
-    tables = {
-        baseline: compare(ends, dict.fromkeys(ends, baseline), pooled=every)
-        for baseline in BASELINES
-        if baseline in ends
-    }
+def draw_record(path: Path, record: dict, tables: dict, out_dir: Path) -> None:
+    """The tables, by what is compared with, the CSV and the figure of one record."""
     print(path.stem)
     for rows in tables.values():
         print(f'\n{comparison_table(rows)}')
@@ -167,8 +173,7 @@ def main(argv=None) -> None:
     for names in RECORDS:
         paths = [STUDIES / f'positions_{name}.jsonl' for name in names]
         paths = [path for path in paths if path.exists()]
-        draw_records(paths, args.out_dir)
-        studies.update((path.stem, None) for path in paths)
+        studies.update(dict.fromkeys(draw_records(paths, args.out_dir)))
     draw_search(STUDIES / 'start_search.csv', args.out_dir / 'start_search.png')
     print(f'Drawn into {args.out_dir}: {", ".join(studies)}, start_search')
 

@@ -8,6 +8,7 @@ from .attention_maps import (
     format_distances,
     mean_attention,
     query_attention,
+    write_distances,
 )
 from .binarize import (
     Kept,
@@ -77,6 +78,7 @@ __all__ = [
     'query_attention',
     'record_attention',
     'why_no_priors',
+    'write_distances',
     'write_focus',
     'write_gif',
 ]

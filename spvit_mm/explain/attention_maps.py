@@ -6,7 +6,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
-from ..utils import UserError, new_figure
+from ..utils import UserError, new_figure, write_csv
 from .prior_maps import MASKED, draw_tables
 from .recording import evaluating, layer_name, patch_grid, record_attention
 
@@ -95,7 +95,10 @@ def query_attention(model, image, query: tuple[int, int]):
 
 
 class MeanAttention(NamedTuple):
-    """Where the patches look on average, in one layer; extra tokens are left out.
+    """Where the patches look on average, in one layer.
+
+    Only what patches give each other counts: each query's attention to the patches has
+    sum 1, whatever it gives to a class token.
 
     Attributes:
         layer (str): Which layer, in words.
@@ -103,7 +106,7 @@ class MeanAttention(NamedTuple):
         table (np.ndarray): (heads, 2H-1, 2W-1), entry [h, dy + H-1, dx + W-1] is the
             attention that head h gives a key dx to the right of and dy below the query,
             the mean over all such pairs of all images, where 1 is an even attention to
-            all patches.
+            all patches; nan where it is masked.
         distance (np.ndarray): Of each head, the mean distance from a query to what it
             attends to, in patches (heads,).
         even (float): That distance of an even attention.
@@ -124,60 +127,84 @@ def mean_attention(model, batches):
         model (nn.Module): A backbone or classifier, see
             :func:`~spvit_mm.explain.record_attention`.
         batches (Iterable[Tensor]): Images (B, 3, h, w) of one size, as the model takes
-            them (normalized), at least one.
+            them (normalized).
 
     Returns:
         List[MeanAttention]: One of each layer.
 
     Raises:
-        UserError: If images differ in size, or the layers have no common grid.
+        UserError: If there is no image, images differ in size, or the layers have no
+            common grid.
     """
-    grids, sums, count = {}, {}, 0
+    kinds, sums, masked, counts = {}, {}, {}, {}
+    grid = None
     with evaluating(model), record_attention(model) as recording:
         for images in batches:
             model(images)
-            height, width = patch_grid(recording, model)
-            grids[height, width] = None
-            if len(grids) > 1:
-                sizes = ' and '.join('{} x {}'.format(*grid) for grid in grids)
+            found = patch_grid(recording, model)
+            if grid not in (None, found):
                 raise UserError(
-                    'All images must have one size to average over; these make grids of '
-                    f'{sizes} patches.'
+                    'All images must have one size to average over, got some that make '
+                    f'{grid[0]} x {grid[1]} and {found[0]} x {found[1]} patches. Take '
+                    'one image, or let the pipeline resize them.'
                 )
-            count += len(images)
+            grid = found
+            place, pairs, distance = _offsets(*grid)
             for m in recording.maps:
-                extra = m.weights.shape[-1] - height * width
+                extra = m.weights.shape[-1] - len(place)
                 near = m.weights[:, :, extra:, extra:].double()
-                near = near / near.sum(-1, keepdim=True)
-                sums[m.name, m.kind] = sums.get((m.name, m.kind), 0) + near.sum(0).cpu()
-    rows, columns = (x.flatten() for x in np.indices((height, width)))
-    down = rows - rows[:, None]
-    right = columns - columns[:, None]
-    distance = np.hypot(down, right)
-    place = (down + height - 1) * (2 * width - 1) + right + width - 1
-    pairs = np.bincount(place.flatten())
-
-    def by_offset(weights):
-        table = np.bincount(place.flatten(), weights.flatten()) / pairs
-        return table.reshape(2 * height - 1, 2 * width - 1) * len(rows)
-
-    return [
-        MeanAttention(
-            layer=layer_name(name),
-            kind=kind,
-            table=np.stack([by_offset(head) for head in (total / count).numpy()]),
-            distance=(total.numpy() * distance).sum((1, 2)) / count / len(rows),
-            even=float(distance.mean()),
+                total = near.sum(-1, keepdim=True).clamp(min=np.finfo(float).tiny)
+                kinds[m.name] = m.kind
+                counts[m.name] = counts.get(m.name, 0) + len(images)
+                by_offset = _sum_by_offset((near / total).sum(0), place)
+                sums[m.name] = sums.get(m.name, 0) + by_offset
+                if m.keep is not None:
+                    seen = m.keep[0, :, extra:, extra:].double()
+                    masked[m.name] = _sum_by_offset(seen, place) == 0
+    if grid is None:
+        raise UserError('`batches` holds no image to average over.')
+    names = list(map(layer_name, sums))
+    if len(set(names)) < len(names):
+        names = list(sums)
+    result = []
+    for layer, (name, total) in zip(names, sums.items(), strict=True):
+        mean = total / counts[name] / len(place)
+        table = mean / pairs * len(place) ** 2
+        table[masked.get(name, np.zeros_like(table, dtype=bool))] = np.nan
+        result.append(
+            MeanAttention(
+                layer=layer,
+                kind=kinds[name],
+                table=table.reshape(-1, 2 * grid[0] - 1, 2 * grid[1] - 1),
+                distance=(mean * distance).sum(1),
+                even=float((pairs * distance).sum() / len(place) ** 2),
+            )
         )
-        for (name, kind), total in sums.items()
-    ]
+    return result
+
+
+def _offsets(height, width):
+    """For all pairs (query, key) of patches the place of their offset in a flat table
+    (2H-1) (2W-1); and for each offset, how many pairs it has and how far it is."""
+    rows, columns = (x.flatten() for x in np.indices((height, width)))
+    down = rows - rows[:, None] + height - 1
+    place = down * (2 * width - 1) + columns - columns[:, None] + width - 1
+    dy, dx = np.indices((2 * height - 1, 2 * width - 1))
+    far = np.hypot(dy - height + 1, dx - width + 1).flatten()
+    return place, np.bincount(place.flatten()), far
+
+
+def _sum_by_offset(weights, place):
+    """(heads, N, N) summed over the pairs of each offset, (heads, (2H-1) (2W-1))."""
+    heads = weights.flatten(1).cpu().numpy()
+    return np.stack([np.bincount(place.flatten(), head) for head in heads])
 
 
 def draw_mean_attention(layers, title=''):
-    """Draw :func:`mean_attention`, one row a layer and one column a head.
+    """Draw :func:`mean_attention`, one row per layer and one column per head.
 
-    The colours are powers of 2: 0 is an even attention, 5 is 32 times that, -5 a 32nd of
-    it or less. The cross marks the query.
+    The colours are powers of 2: 0 is an even attention, 5 is 32 times that or more, -5 a
+    32nd of it or less. The cross marks the query; grey is masked.
 
     Args:
         layers (List[MeanAttention]): From :func:`mean_attention`.
@@ -186,30 +213,41 @@ def draw_mean_attention(layers, title=''):
     Returns:
         matplotlib.figure.Figure: The figure.
     """
+    heads = max(len(x.table) for x in layers)
     rows = {
-        x.layer: [*np.log2(np.clip(x.table, 2.0**-MOST, 2.0**MOST))] for x in layers
+        x.layer: [
+            *np.log2(np.clip(x.table, 2.0**-MOST, 2.0**MOST)),
+            *[None] * (heads - len(x.table)),
+        ]
+        for x in layers
     }
-    heads = max(map(len, rows.values()))
-    rows = {name: [*own, *[None] * (heads - len(own))] for name, own in rows.items()}
     label = 'attention over an even one\n(powers of 2)'
     headings = [f'head {i + 1}' for i in range(heads)]
     return draw_tables(rows, headings, title, label, reach=MOST, middle=0.0)
 
 
 def format_distances(layers) -> str:
-    """The distances of :func:`mean_attention` as a table of text, one line a layer."""
+    """The distances of :func:`mean_attention` as a table of text, one line per layer."""
     width = max(len(x.layer) for x in layers)
     heads = max(len(x.distance) for x in layers)
     lines = [
         f'Mean distance of the attention in patches; an even one: {layers[0].even:.2f}',
-        f'{"":<{width}}   mean  ' + ' '.join(f'head {i + 1}' for i in range(heads)),
+        f'{"":<{width}}   mean '
+        + ''.join(f'{f"head {i + 1}":>8}' for i in range(heads)),
     ]
     for x in layers:
-        own = ' '.join(
-            f'{d:>{len(f"head {i + 1}")}.2f}' for i, d in enumerate(x.distance)
-        )
-        lines.append(f'{x.layer:<{width}} {x.distance.mean():>6.2f}  {own}')
+        own = ''.join(f'{distance:>8.2f}' for distance in x.distance)
+        lines.append(f'{x.layer:<{width}} {x.distance.mean():>6.2f} {own}')
     return '\n'.join(lines)
+
+
+def write_distances(path, layers) -> None:
+    """Write the distances of :func:`mean_attention` as a CSV file."""
+    rows = [['layer', 'kind', 'head', 'distance', 'even']]
+    for x in layers:
+        for i, distance in enumerate(x.distance):
+            rows.append([x.layer, x.kind, i + 1, f'{distance:.6g}', f'{x.even:.6g}'])
+    write_csv(path, rows)
 
 
 # The words for content, position, bias, scores and weights; None is not drawn.

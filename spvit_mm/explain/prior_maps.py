@@ -278,9 +278,9 @@ def write_gif(frames, path, seconds=0.6):
         )
 
 
-def _reach(tables):
-    """The largest distance from 1, the neutral prior."""
-    reach = max(float(np.nanmax(np.abs(table - 1))) for table in tables)
+def _reach(tables, middle=1.0):
+    """The largest distance from the middle: 1, the neutral prior."""
+    reach = max(float(np.nanmax(np.abs(table - middle))) for table in tables)
     return max(reach, 1e-3)  # a neutral model has no range of its own
 
 
@@ -307,7 +307,7 @@ def draw_tables(rows, headings, title, bar_label, groups=None, reach=None, middl
         cell * len(headings) + 1.6, cell * len(rows) * height / width + 1.2
     )
     axes = figure.subplots(len(rows), len(headings), squeeze=False)
-    reach = reach or _reach(tables)
+    reach = reach or _reach(tables, middle)
     image = None
     for i, (label, row) in enumerate(rows.items()):
         axes[i, 0].set_ylabel(label.replace(', ', '\n'))

@@ -271,15 +271,12 @@ def patch_grid(recording, model):
     """The grid (H, W) of the patches, or a UserError unless all layers have them."""
     tokens = [m.weights.shape[-1] for m in recording.maps]
     grid = recording.grid
-    if (
-        grid is None
-        or tokens != sorted(tokens)
-        or min(tokens, default=0) < grid[0] * grid[1]
-    ):
+    told = grid is not None and tokens == sorted(tokens)
+    if not told or min(tokens, default=0) < grid[0] * grid[1]:
         raise UserError(
-            f'{type(getattr(model, "backbone", model)).__name__} does not tell where its '
-            'patches are: it needs one grid of them, which `patch_embed` returns, in all '
-            'layers.'
+            f'{type(getattr(model, "backbone", model)).__name__} does not have one grid '
+            'of patches, which `patch_embed` returns, in all layers: where its attention '
+            'lies in the picture cannot be told.'
         )
     return grid
 

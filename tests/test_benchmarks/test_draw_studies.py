@@ -21,7 +21,7 @@ def line(setting, seed, top1, tests):
 def test_a_record_with_missing_seeds_is_drawn(tmp_path, capsys):
     sizes = {'64x64': 60.0, '96x96': 50.0}
     tuned = {'held out, 96x96, 0': 1.0, 'held out, 96x96, 1': 2.0, '96x96, 1': 55.0}
-    lines = ['{"protocol": {}}']
+    lines = []
     for seed, (low, high) in enumerate([(50.0, 70.0), (51.0, 72.0), (49.0, 70.0)]):
         lines.append(line('none', seed, low, sizes))
         lines.append(line('product, cone', seed, high, {**sizes, **tuned}))
@@ -29,8 +29,7 @@ def test_a_record_with_missing_seeds_is_drawn(tmp_path, capsys):
     lines += [line('sum, cone', seed, 73.0, sizes) for seed in (0, 1)]
     lines += [line('rotary mixed', seed, 99.0, sizes) for seed in (1, 2)]
     lines += [line('sum, flat', seed, 60.0 + seed, sizes) for seed in (0, 2, 3)]
-    path = tmp_path / 'positions_x.jsonl'
-    path.write_text('\n'.join(lines))
+    path = write_record(tmp_path / 'positions_x.jsonl', *lines)
     draw_studies.draw_records([path], tmp_path)
     with (tmp_path / 'positions_x.csv').open() as file:
         rows = list(csv.DictReader(file))
@@ -48,26 +47,41 @@ def test_a_record_with_missing_seeds_is_drawn(tmp_path, capsys):
     assert (tmp_path / 'positions_x.png').stat().st_size > 10_000
 
 
+def write_record(path, *lines):
+    path.write_text('\n'.join(['{"protocol": {}}', *lines]))
+    return path
+
+
 def test_records_of_one_data_share_the_deviation_of_a_seed(tmp_path):
-    lines = [line('none', seed, 60.0 + seed, {}) for seed in (0, 1)]
-    lines += [line('absolute', seed, x, {}) for seed, x in enumerate((65.0, 67.0))]
-    # The same runs as the first record's 'absolute', and one more.
-    more = [
-        text.replace('"setting": "absolute"', '"setting": "none"') for text in lines
+    lines = [line('none', seed, 60.0 + seed, {}) for seed in (0, 1, 2)]
+    same = [line('absolute', seed, x, {}) for seed, x in enumerate((65.0, 67.0, 66.5))]
+    # Another record has two of these runs under another name, and one more.
+    others = [
+        text.replace('"setting": "absolute"', '"setting": "none"') for text in same
     ]
-    more = [*more[2:], line('sum, cone', 0, 70.0, {})]
-    paths = []
-    for name, own in (('one', lines), ('two', more)):
-        paths.append(tmp_path / f'positions_{name}.jsonl')
-        paths[-1].write_text('\n'.join(['{"protocol": {}}', *own]))
-    draw_studies.draw_records(paths, tmp_path)
-    with (tmp_path / 'positions_two.csv').open() as file:
-        (row,) = csv.DictReader(file)
-    # Two methods and two seeds leave one degree of freedom, which the second record has not.
-    deviation, freedom = seed_deviation({'none': [60, 61], 'absolute': [65, 67]})
-    assert freedom == 1
-    wide = stats.t.ppf(0.975, 1) * deviation * 2**0.5
-    assert float(row['interval']) == pytest.approx(wide)
+    one = write_record(tmp_path / 'positions_one.jsonl', *lines, *same)
+    two = write_record(
+        tmp_path / 'positions_two.jsonl', *others[:2], line('sum, cone', 0, 70.0, {})
+    )
+    deviation, freedom = seed_deviation(
+        {'none': [60.0, 61.0, 62.0], 'absolute': [65.0, 67.0, 66.5]}
+    )
+    assert freedom == 2
+    for paths in ([one, two], [two, one]):
+        assert draw_studies.draw_records(paths, tmp_path) == [p.stem for p in paths]
+        with (tmp_path / 'positions_two.csv').open() as file:
+            (row,) = csv.DictReader(file)
+        wide = stats.t.ppf(0.975, 2) * deviation * 2**0.5
+        assert float(row['interval']) == pytest.approx(wide)
+
+
+@pytest.mark.parametrize('settings', [['none'], ['alibi', 'rotary mixed']])
+def test_a_record_without_a_comparison_is_left_out(settings, tmp_path, capsys):
+    lines = [line(setting, 0, 60.0, {}) for setting in settings]
+    path = write_record(tmp_path / 'positions_x.jsonl', *lines)
+    assert draw_studies.draw_records([path], tmp_path) == []
+    assert 'positions_x has nothing to compare yet' in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_figures_are_drawn_from_the_csvs(tmp_path, capsys):

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmpretrain.models import VisionTransformer
+from mmpretrain.models.utils import MultiheadAttention
 from torch import nn
 
 from spvit_mm.explain import (
@@ -281,13 +283,16 @@ def test_picture_of_a_patch_has_a_row_for_each_term(form, rows):
         assert np.isfinite([low, high]).all()
 
 
-@pytest.mark.parametrize('attn_cfg', ATTENTIONS)
-def test_mean_attention_is_that_of_all_pairs(attn_cfg):
-    model = build(attn_cfg, cls_token_layer=2)
-    first, second = torch.randn(2, 3, 24, 32).double(), torch.randn(1, 3, 24, 32)
-    layers = mean_attention(model, [first, second.double()])
+@pytest.mark.parametrize(
+    'kwargs', [*(dict(attn_cfg=cfg) for cfg in ATTENTIONS), *FORMS.values()]
+)
+@pytest.mark.parametrize('cls_token_layer', [0, 2])
+def test_mean_attention_is_that_of_all_pairs(kwargs, cls_token_layer):
+    model = build(**kwargs, cls_token_layer=cls_token_layer)
+    images = torch.randn(3, 3, 24, 32).double()
+    layers = mean_attention(model, [images[:2], images[2:]])
     with record_attention(model) as recording:
-        model(torch.cat([first, second.double()]))
+        model(images)
     assert [x.layer for x in layers] == ['layer 1', 'layer 2', 'layer 3']
     assert [x.kind for x in layers] == [m.kind for m in recording.maps]
     for layer, m in zip(layers, recording.maps, strict=True):
@@ -302,9 +307,12 @@ def test_mean_attention_is_that_of_all_pairs(attn_cfg):
                 far = far + pair * np.hypot(down, right) / 12
         for (down, right), pairs in found.items():
             mean = torch.stack(pairs).mean(0) * 12
-            np.testing.assert_allclose(layer.table[:, down + 2, right + 3], mean)
+            there = layer.table[:, down + 2, right + 3]
+            np.testing.assert_allclose(np.nan_to_num(there), mean, atol=1e-12)
         np.testing.assert_allclose(layer.distance, far)
-    # One line a layer under two of heads; one axis a head and the colours.
+        # What is masked is told from what gets little.
+        assert np.isnan(layer.table).any() == (m.keep is not None)
+    # One line per layer under two of heads; one axis per head and the colours.
     assert len(format_distances(layers).splitlines()) == 5
     assert len(draw_mean_attention(layers).axes) == 13
 
@@ -319,7 +327,34 @@ def test_an_even_attention_is_1_everywhere():
         np.testing.assert_allclose(layer.distance, layer.even)
 
 
-def test_mean_attention_of_two_sizes_is_refused():
+def test_mean_attention_needs_images_of_one_size():
     images = [torch.rand(1, 3, 24, side).double() for side in (32, 32, 40)]
-    with pytest.raises(ValueError, match='make grids of 3 x 4 and 3 x 5 patches'):
+    with pytest.raises(ValueError, match='make 3 x 4 and 3 x 5 patches'):
         mean_attention(build(), images)
+    with pytest.raises(ValueError, match='`batches` holds no image'):
+        mean_attention(build(), [])
+
+
+class Pooled(nn.Module):
+    """Two attentions, each on the first tokens alone."""
+
+    def __init__(self, *tokens):
+        super().__init__()
+        self.patch_embed = PatchEmbed(embed_dims=16, kernel_size=8, stride=8)
+        self.attentions = nn.ModuleList(MultiheadAttention(16, 4) for _ in tokens)
+        self.tokens = tokens
+
+    def forward(self, image):
+        x, _ = self.patch_embed(image)
+        for attention, tokens in zip(self.attentions, self.tokens, strict=True):
+            x = attention(x[:, :tokens])
+        return x
+
+
+@pytest.mark.parametrize('tokens', [(12, 6), (6, 6)])
+def test_layers_without_all_patches_are_refused(tokens):
+    model, image = Pooled(*tokens), torch.rand(1, 3, 24, 32)
+    with pytest.raises(ValueError, match='Pooled does not have one grid'):
+        mean_attention(model, [image])
+    with pytest.raises(ValueError, match='Pooled does not have one grid'):
+        query_attention(model, image, (0, 0))

@@ -195,7 +195,7 @@ def test_a_model_that_loses_tokens_on_the_way():
     head = dict(type='VisionTransformerClsHead', num_classes=5, in_channels=32)
     model = ImageClassifier(backbone, head=head)
     for method in ('gradient', 'rollout'):
-        with pytest.raises(ValueError, match='T2T_ViT does not tell'):
+        with pytest.raises(ValueError, match='T2T_ViT does not have one grid'):
             relevance_maps(model, torch.rand(1, 3, 64, 64), method=method)
 
 

@@ -95,7 +95,7 @@ def test_mean_attention_with_and_without_priors(checkpoint, tmp_path, capsys):
     for name, config in (('local', CONFIG), ('plain', BASELINE)):
         args = (config, checkpoint(config), '--count', 5, '--out-dir', tmp_path / name)
         run('visualization/show_attention.py', *args)
-        assert [p.name for p in (tmp_path / name).iterdir()] == ['mean.png']
+        assert {p.name for p in (tmp_path / name).iterdir()} == {'mean.png', 'mean.csv'}
         lines = capsys.readouterr().out.splitlines()
         first = next(line for line in lines if line.startswith('layer 1'))
         far[name] = float(first.split()[2])
@@ -104,11 +104,18 @@ def test_mean_attention_with_and_without_priors(checkpoint, tmp_path, capsys):
     assert far['local'] < 1.5 < 2.5 < far['plain']
     picture = tmp_path / 'digit.png'
     cv2.imwrite(str(picture), np.random.default_rng(0).integers(0, 255, (24, 24, 3)))
-    args = ('--image', picture, '--layers', 2, '--out-dir', tmp_path / 'one')
-    run('visualization/show_attention.py', CONFIG, checkpoint(CONFIG), *args)
+    argv = (CONFIG, checkpoint(CONFIG), '--image', picture, '--layers', 2)
+    run('visualization/show_attention.py', *argv, '--out-dir', tmp_path / 'one')
     out = capsys.readouterr().out
     assert 'layer 2' in out
     assert 'layer 1' not in out
+    with (tmp_path / 'one' / 'mean.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row['head'] for row in rows] == ['1', '2', '3', '4']
+    assert f'{float(rows[3]["distance"]):.2f}' in out
+    with pytest.raises(SystemExit):
+        run('visualization/show_attention.py', *argv, '--count', 5)
+    assert '--count is for the average' in capsys.readouterr().err
 
 
 def test_relevance_of_two_models_and_the_table(checkpoint, tmp_path, capsys):

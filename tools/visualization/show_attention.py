@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Show where one patch of an image looks: content score, prior, their product or sum,
-and attention of every head, one PNG a layer. Without --query, where all patches look on
-average: one PNG, and how far away it is in patches. Models without priors, too."""
+and attention of every head, one PNG per layer. Without --query, where all patches look on
+average: one PNG, and how far away that is, in patches. Models without priors, too."""
 
 import argparse
 import os.path as osp
@@ -21,13 +21,13 @@ def parse_args(argv: list) -> argparse.Namespace:
         help='the patch, counted from 0 at the upper left (default: all)',
     )
     parser.add_argument(
-        '--image', help='an image file (default: the first of the test data set)'
+        '--image',
+        help='an image file (default: the first of the test data set, or --count of it)',
     )
     parser.add_argument(
         '--count',
         type=number(1),
-        default=64,
-        help='images of the test data set for the average (default: 64)',
+        help='images of the test data set for the average, evenly spread (default: 64)',
     )
     parser.add_argument(
         '--layers',
@@ -41,6 +41,10 @@ def parse_args(argv: list) -> argparse.Namespace:
     )
     add_cfg_options(parser)
     args = parser.parse_args(argv)
+    if args.count and not (args.query is args.image is None):
+        parser.error(
+            '--count is for the average over the data set: no --query, --image'
+        )
     parser.check_paths([args.config], [args.checkpoint])
     return args
 
@@ -62,6 +66,7 @@ def main(argv: list) -> None:
         format_distances,
         mean_attention,
         query_attention,
+        write_distances,
     )
     from spvit_mm.utils import check_new_folder, save_figure
 
@@ -71,7 +76,7 @@ def main(argv: list) -> None:
     folder = check_new_folder(args.out_dir)
     cfg, model = load_model(args.config, args.checkpoint, args.cfg_options)
     check_layers(args.layers, len(find_attentions(model)))
-    count = args.count if args.query is None else 1
+    count = (args.count or 64) if args.query is None else 1
     samples = load_samples(
         cfg, model, None if args.image is None else [args.image], count
     )
@@ -84,6 +89,7 @@ def main(argv: list) -> None:
         figure = draw_mean_attention(layers, title)
         path = osp.join(folder, 'mean.png')
         save_figure(figure, path, dpi=120)
+        write_distances(osp.join(folder, 'mean.csv'), layers)
         print(format_distances(layers))
         print(path)
         return
