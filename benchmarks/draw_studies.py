@@ -27,8 +27,8 @@ NAMES = ('setting', 'against')
 # The records of the position study, positions_NAME.jsonl, by data: those of one share
 # the deviation of a seed.
 RECORDS = (('cifar10', 'cifar10_embed', 'cifar10_120e'), ('imagenette',))
-# What its methods are compared with: the first two of these that a record has.
-BASELINES = ('none', 'product, cone', 'sum, cone')
+# What its methods are compared with, where a record has it, and if it has neither.
+BASELINES, OTHERWISE = ('none', 'product, cone'), 'sum, cone'
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -107,7 +107,8 @@ def draw_records(paths: list[Path], out_dir: Path) -> list[str]:
     for path, record in records.items():
         tables = {
             baseline: compare(ends[path], dict.fromkeys(record, baseline), pooled=every)
-            for baseline in [x for x in BASELINES if x in record][:2]
+            for baseline in [x for x in BASELINES if x in record] or [OTHERWISE]
+            if baseline in record
         }
         if tables and len(record) > 1:
             draw_record(path, record, tables, out_dir)
