@@ -6,6 +6,8 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
+from ..models.priors.base import relative_offsets
+from ..ops.prior import all_offsets
 from ..utils import UserError, new_figure, write_csv
 from .prior_maps import MASKED, draw_tables
 from .recording import evaluating, layer_name, patch_grid, record_attention
@@ -142,14 +144,15 @@ def mean_attention(model, batches):
         for images in batches:
             model(images)
             found = patch_grid(recording, model)
-            if grid not in (None, found):
+            if grid is None:
+                grid = found
+                place = _table_places(grid)
+            elif found != grid:
                 raise UserError(
                     'All images must have one size to average over, got some that make '
                     f'{grid[0]} x {grid[1]} and {found[0]} x {found[1]} patches. Take '
                     'one image, or let the pipeline resize them.'
                 )
-            grid = found
-            place, pairs, distance = _offsets(*grid)
             for m in recording.maps:
                 extra = m.weights.shape[-1] - len(place)
                 near = m.weights[:, :, extra:, extra:].double()
@@ -158,11 +161,13 @@ def mean_attention(model, batches):
                 counts[m.name] = counts.get(m.name, 0) + len(images)
                 by_offset = _sum_by_offset((near / total).sum(0), place)
                 sums[m.name] = sums.get(m.name, 0) + by_offset
-                if m.keep is not None:
+                if m.keep is not None and m.name not in masked:
                     seen = m.keep[0, :, extra:, extra:].double()
                     masked[m.name] = _sum_by_offset(seen, place) == 0
     if grid is None:
         raise UserError('`batches` holds no image to average over.')
+    pairs = np.bincount(place.flatten())
+    distance = relative_offsets(grid).double().norm(dim=-1).flatten().numpy()
     names = list(map(layer_name, sums))
     if len(set(names)) < len(names):
         names = list(sums)
@@ -183,15 +188,10 @@ def mean_attention(model, batches):
     return result
 
 
-def _offsets(height, width):
-    """For all pairs (query, key) of patches the place of their offset in a flat table
-    (2H-1) (2W-1); and for each offset, how many pairs it has and how far it is."""
-    rows, columns = (x.flatten() for x in np.indices((height, width)))
-    down = rows - rows[:, None] + height - 1
-    place = down * (2 * width - 1) + columns - columns[:, None] + width - 1
-    dy, dx = np.indices((2 * height - 1, 2 * width - 1))
-    far = np.hypot(dy - height + 1, dx - width + 1).flatten()
-    return place, np.bincount(place.flatten()), far
+def _table_places(grid):
+    """Where a flat table (2H-1) (2W-1) holds each pair (query, key), (N, N)."""
+    rows, columns = all_offsets(grid, 'cpu')
+    return (rows * (2 * grid[1] - 1) + columns).numpy()
 
 
 def _sum_by_offset(weights, place):
