@@ -148,7 +148,7 @@ def draw_record(path: Path, record: dict, tables: dict, out_dir: Path) -> None:
     draw_differences(axes[0], shown)
     axes[0].set_title(f'to {baseline!r}')
     draw_curves(axes[1], {k: [x['curve'] for x in own] for k, own in record.items()})
-    against = dict.fromkeys(record, BASELINES[0])
+    against = dict.fromkeys(record, list(tables)[0])
     for axis, (name, found) in zip(axes[2:], sizes.items(), strict=False):
         draw_sizes(axis, name, runs, found, against)
     for axis in axes[2 + len(sizes) :]:

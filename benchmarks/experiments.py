@@ -258,7 +258,8 @@ class Record:
         """
         results = {}
         text = self.path.read_text() if self.path.exists() else ''
-        for index, line in enumerate(text.split('\n')[:-1]):
+        *lines, last = text.split('\n')
+        for index, line in enumerate([*lines, last] if _is_json(last) else lines):
             try:
                 line = json.loads(line)
                 if index == 0 or 'protocol' in line:
@@ -307,8 +308,13 @@ class Record:
         with open(self.path, 'ab+') as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            whole = file.read().rfind(b'\n') + 1
-            file.truncate(whole)
+            text = file.read()
+            whole = text.rfind(b'\n') + 1
+            if _is_json(text[whole:]):  # an editor has taken the end of the line
+                whole = file.write(b'\n')
+            else:
+                file.truncate(whole)
+            file.flush()
             known = {(x['setting'], x['seed']): x for x in self.read()}
             if is_complete(known.get((run.setting, run.seed)), run):
                 return
@@ -323,6 +329,13 @@ class Record:
                     f'{self.path} cannot be written: {error.strerror}. The result is in '
                     'the run of --work-dir: the same command goes on from there.'
                 ) from error
+
+
+def _is_json(text: str | bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _flat(entries: dict, prefix: str = '') -> dict[str, str]:

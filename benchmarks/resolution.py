@@ -234,8 +234,8 @@ def report(args, out, base, cases, values):
         for seed in range(args.seeds)
         for kind, (h, w) in cases
     ]
-    write_csv(out.with_suffix('.csv'), rows)
-    save_figure(figure, str(out.with_suffix('.png')), dpi=110)
+    write_csv(Path(f'{out}.csv'), rows)
+    save_figure(figure, f'{out}.png', dpi=110)
     print(f'\nWrote {out}.csv and {out}.png')
 
 

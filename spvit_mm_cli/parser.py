@@ -29,7 +29,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         try:
             return super().parse_args(args, namespace)
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:  # of mmengine's DictAction
             self.error(f'--cfg-options takes key=value pairs ({error})')
 
     def check_paths(

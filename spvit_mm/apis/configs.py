@@ -48,7 +48,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the last place to look, so that it hides nothing
     try:
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(os.path.expanduser(path))
     except Exception as error:  # a config is code: it can raise anything
         hint = ''
         if 'to load spvit_mm config' in str(error):

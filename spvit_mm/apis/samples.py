@@ -10,6 +10,7 @@ import torch
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
 
+from ..datasets.checks import guard_files
 from ..utils import UserError, first_not_finite, reverses_channels, with_progress
 from .cli import building
 from .configs import check_entries, check_size, load_config, load_trained_model
@@ -72,7 +73,7 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
         count (int): How many of the data set, evenly spread. Defaults to 4.
 
     Raises:
-        UserError: For a file that is no picture, a picture smaller than a patch, or
+        UserError: For a file that is no picture, of the data set as well, a picture smaller than a patch, or
             a config without test data.
     """
     check_entries(cfg, ('test_dataloader',))
@@ -82,6 +83,7 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
     bgr = _is_bgr(settings.get('pipeline') or [], model)
     with building('The test data set'):
         dataset = DATASETS.build(settings)
+    guard_files(dataset)
     count = min(count, len(dataset))
     chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
     return [

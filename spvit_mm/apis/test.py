@@ -112,8 +112,13 @@ def _set_visualization(cfg: Config, args) -> None:
         return
     if 'out_dir' in known:
         hook.out_dir = args.show_dir
-    else:
+    elif isinstance(cfg.get('visualizer'), dict):
         cfg.visualizer.save_dir = args.show_dir
+    else:
+        raise UserError(
+            '--show-dir needs `visualizer` in the config, such as '
+            "dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])."
+        )
 
 
 def has_windows() -> bool:

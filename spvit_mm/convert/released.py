@@ -103,6 +103,9 @@ def check_released(model, state):
         for i, layer in enumerate(backbone.layers)
         for words in _differences(layer)
     ]
+    last = max(backbone.out_indices)
+    if hasattr(model, 'head') and last != backbone.num_layers - 1:
+        differences.append(f'its head reads layer {last} (out_indices), not the last')
     number, joins = backbone.num_spsa_layers, backbone.cls_token_layer
     if number and joins and joins != number:
         differences.append(

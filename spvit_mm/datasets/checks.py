@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Optional
 
 import numpy as np
 import torch
 import torch.nn as nn
+from mmcv.cnn.bricks.transformer import AdaptivePadding
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
 from mmengine.logging import print_log
 from mmengine.utils import to_2tuple
@@ -99,6 +101,7 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
             for masks that are missing; for segmentation data of another number of
             classes than the head. It names the folder or the files.
     """
+    seen, told = set(), []
     for leaf in _leaves(dataset):
         if len(leaf) == 0:
             raise UserError(f'The {split} data, {_where(leaf)}, holds no images.')
@@ -108,15 +111,12 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
         labels = _labels(leaf)
         if labels is None:
             continue
+        told.append(_where(leaf))
         classes = leaf.metainfo.get('classes')
-        found = len(classes) if classes is not None else len(np.unique(labels))
-        one_class = found < 2 or (split == 'training' and labels.min() == labels.max())
-        if one_class and num_classes != 1:
-            raise UserError(
-                f'All images of the {split} data, {_where(leaf)}, are of one class; a '
-                'classifier needs at least two, each in a sub-folder of its own where '
-                'there is no ann_file.'
-            )
+        if classes is not None and len(classes) < 2 and num_classes != 1:
+            raise _one_class(split, told[-1:])  # the others number theirs otherwise
+        # Testing one class of several can be wanted.
+        seen.update(labels if split == 'training' or classes is None else classes)
         if num_classes is not None and labels.max() >= num_classes:
             raise UserError(
                 f'The {split} data, {_where(leaf)}, has labels up to {labels.max()} and '
@@ -124,6 +124,16 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
                 f'{num_classes - 1}). Set model.head.num_classes to the number of '
                 'classes.'
             )
+    if told and len(seen) < 2 and num_classes != 1:
+        raise _one_class(split, told)
+
+
+def _one_class(split: str, where: list[str]) -> UserError:
+    return UserError(
+        f'All images of the {split} data, {" and ".join(where)}, are of one class; a '
+        'classifier needs at least two, each in a sub-folder of its own where there is '
+        'no ann_file.'
+    )
 
 
 def _check_class_count(dataset, split: str, num_classes: Optional[int]) -> None:
@@ -168,15 +178,20 @@ def check_same_classes(training, other, split: str) -> None:
     Raises:
         UserError: If both take their classes from folders and these differ.
     """
-    ours = getattr(training, 'folder_to_idx', None)
-    theirs = getattr(other, 'folder_to_idx', None)
-    if ours and theirs and ours != theirs:
+    for ours, theirs in product(_folders(training), _folders(other)):
+        if ours == theirs:
+            continue
         raise UserError(
             f'The {split} data numbers its classes differently from the training data: '
             f'only in training: {sorted(set(ours) - set(theirs)) or "none"}; only in '
             f'{split}: {sorted(set(theirs) - set(ours)) or "none"}. Give both folders '
             'the same sub-folders, or write the labels in annotation files.'
         )
+
+
+def _folders(dataset) -> list[dict]:
+    found = (getattr(leaf, 'folder_to_idx', None) for leaf in _leaves(dataset))
+    return [numbers for numbers in found if numbers]
 
 
 def describe_left_out(dataset, split: str) -> str:
@@ -355,6 +370,9 @@ def patch_size(model) -> Optional[tuple]:
     embed = getattr(getattr(model, 'backbone', None), 'patch_embed', None)
     if getattr(embed, 'init_out_size', None) is None:
         return None
+    for module in embed.modules():
+        if isinstance(module, AdaptivePadding):
+            return tuple(module.stride)
     sizes = zip(embed.init_input_size, embed.init_out_size, strict=True)
     return tuple(-(-pixels // patches) for pixels, patches in sizes)
 

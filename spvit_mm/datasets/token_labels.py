@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from mmcv.transforms import CenterCrop, RandomFlip
+from mmcv.transforms import CenterCrop, Pad, RandomFlip
 from mmengine.logging import MMLogger, print_log
 from mmpretrain.datasets import BaseDataset
 from mmpretrain.datasets.transforms import (
@@ -132,19 +132,19 @@ def label_map_names(image_paths, image_root):
         List[str]: '<class folder>/<image stem>.pt' for each.
 
     Raises:
-        ValueError: If an image lies elsewhere, or two would share a map.
+        LabelMapError: If an image lies elsewhere, or two would share a map.
     """
     names = {}
     for path in image_paths:
         name = osp.relpath(path, image_root)
         if name.startswith(os.pardir):
-            raise ValueError(
+            raise LabelMapError(
                 f'The image {path} lies outside {image_root!r}, the folder that its '
                 "label map's name is relative to."
             )
         name = osp.splitext(name)[0] + '.pt'
         if name in names:
-            raise ValueError(
+            raise LabelMapError(
                 f'The images {names[name]} and {path} would share the label map '
                 f'{name}. Rename one of them.'
             )
@@ -160,6 +160,14 @@ def find_label_maps(label_root):
         prefix = '' if prefix == os.curdir else prefix
         found.update(osp.join(prefix, f) for f in files if f.endswith('.pt'))
     return found
+
+
+def _with_inner(transforms):
+    """Transforms, and those that they apply, such as RandomApply's."""
+    for transform in transforms:
+        yield transform
+        inner = getattr(transform, 'transforms', [])
+        yield from _with_inner(inner if isinstance(inner, list) else [inner])
 
 
 @DATASETS.register_module()
@@ -268,7 +276,7 @@ class TokenLabelDataset(BaseDataset):
 
     def _check_pipeline(self):
         """Refuse the crops and flips that leave the label map behind."""
-        for transform in self.pipeline.transforms:
+        for transform in _with_inner(self.pipeline.transforms):
             if isinstance(transform, RecordsView):
                 continue
             if isinstance(
@@ -279,6 +287,7 @@ class TokenLabelDataset(BaseDataset):
                     CenterCrop,
                     EfficientNetCenterCrop,
                     RandomFlip,
+                    Pad,
                 ),
             ):
                 raise ValueError(

@@ -6,7 +6,6 @@ both, the one that is added is kept but ranks nothing.
 """
 
 from contextlib import ExitStack
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -80,7 +79,10 @@ def offset_mass(model, batches):
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, SpatialPriorAttention):
-                hook = partial(_before_forward, partial(measure, name))
+
+                def hook(attn, args, kwargs, name=name):
+                    measure(name, attn, *args, **kwargs)
+
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
         for images in batches:
@@ -96,10 +98,6 @@ def offset_mass(model, batches):
         name: OffsetMass(tables[name], mass / mass.sum((1, 2), keepdim=True))
         for name, mass in masses.items()
     }, grids[0]
-
-
-def _before_forward(measure, module, args, kwargs):
-    measure(module, *args, **kwargs)
 
 
 def _attention_by_offset(attn, x, hw, prior, beta):

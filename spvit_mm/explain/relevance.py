@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..utils import UserError
+from ..utils import UserError, new_figure
 from .recording import evaluating, patch_grid, record_attention
 
 # Images at a time in the perturbation test.
@@ -252,8 +252,6 @@ def draw_relevance(pictures, columns, captions=None):
     Returns:
         matplotlib.figure.Figure: The figure.
     """
-    from ..utils import new_figure
-
     rows = len(pictures)
     figure = new_figure(2.0 * (len(columns) + 1), 2.15 * rows + 0.4)
     axes = figure.subplots(rows, len(columns) + 1, squeeze=False)

@@ -1,18 +1,19 @@
 """The deploy form: priors folded into tables of constants for one grid."""
 
+from ..utils import UserError
 from .attention import SpatialPriorAttention, fit_mask
 from .checks import is_int
 from .priors import ConstantSpatialPrior, SpatialPrior
 
 
 def check_grid(grid):
-    """Raise a ValueError unless ``grid`` is two positive integers (H, W)."""
+    """Raise a UserError unless ``grid`` is two positive integers (H, W)."""
     if not (
         isinstance(grid, (tuple, list))
         and len(grid) == 2
         and all(is_int(side) and side > 0 for side in grid)
     ):
-        raise ValueError(
+        raise UserError(
             '`grid` must be two positive integers, the rows and columns of '
             f'patches, got {grid!r}.'
         )
@@ -42,10 +43,10 @@ def fold_priors(model, grid):
 
 
 def check_folded(model, grid):
-    """Raise a ValueError unless a deployed model's tables are for ``grid``."""
+    """Raise a UserError unless a deployed model's tables are for ``grid``."""
     for prior in model.modules():
         if isinstance(prior, ConstantSpatialPrior) and prior.grid != tuple(grid):
-            raise ValueError(
+            raise UserError(
                 f'`grid` is {tuple(grid)}, but this model was switched to its '
                 f'deploy form for {prior.grid}, and its priors are gone. Load '
                 'the checkpoint of the training and switch that.'

@@ -513,8 +513,8 @@ class SPViT(VisionTransformer):
     # --------------------------------------------------------------- forward
 
     def forward(self, x):
-        """Map images (B, in_channels, h, w) to a tuple of one output for each
-        of ``out_indices``."""
+        """Map images (B, in_channels, h, w) to a tuple of one output for each layer in
+        ``out_indices``, in the order of the layers."""
         return self.forward_layers(*self.forward_stem(x))
 
     def forward_stem(self, x):
@@ -628,7 +628,7 @@ class SPViT(VisionTransformer):
                 model will serve. Defaults to None: the grid of its training.
 
         Raises:
-            ValueError: If ``grid`` is no grid, or the model was switched before, for
+            UserError: If ``grid`` is no grid, or the model was switched before, for
                 another one.
         """
         if grid is not None:

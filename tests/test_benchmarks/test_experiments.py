@@ -149,6 +149,11 @@ def test_unfinished_last_line_is_replaced(cfg, tmp_path):
     assert len(record.read()) == 1
     record.add(run_of('c'), result_of(91.0))
     assert [line['setting'] for line in record.read()] == ['a', 'c']
+    # an editor took the end of the last line, and not its result
+    record.path.write_text(record.path.read_text().rstrip('\n'))
+    assert [line['setting'] for line in record.read()] == ['a', 'c']
+    record.add(run_of('d'), result_of(92.0))
+    assert [line['setting'] for line in record.read()] == ['a', 'c', 'd']
     # killed with the first line
     record.path.write_text('{"protocol": {')
     record.add(run_of('a'), result_of(90.0))

@@ -757,6 +757,7 @@ UNLIKE = {
         'its FFN has ReLU',
     ),
     'average': (dict(out_type='avg_featmap'), "its head reads out_type='avg_featmap'"),
+    'another layer': (dict(out_indices=1, cls_token_layer=0), 'its head reads layer 1'),
     'patches': (dict(patch_cfg=dict(stride=8)), 'its patches overlap'),
     'folded elsewhere': (
         lambda m: m.backbone.switch_to_deploy((5, 5)) or m,

@@ -1,18 +1,25 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from mmengine.dataset import ConcatDataset
+from mmengine.config import Config
+from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmpretrain.datasets import CustomDataset
-from mmpretrain.registry import DATASETS
+from mmpretrain.registry import DATASETS, MODELS
 
+from spvit_mm.apis import load_samples
 from spvit_mm.datasets import checks
 from spvit_mm.datasets.checks import check_dataset, guard_files
+from spvit_mm.models import SPViT
 from spvit_mm.utils import CorruptImageError, UserError
 from tests.test_engine.tiny import make_images
 
 LOAD = [{'type': 'LoadImageFromFile'}]
+TINY = dict(
+    arch=dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=16)
+)
 
 
 @pytest.fixture
@@ -50,6 +57,25 @@ def test_one_class_in_an_annotation_file(folder, tmp_path):
     with pytest.raises(UserError, match='are of one class'):
         check_dataset(dataset, 'training')
     check_dataset(dataset, 'test')  # one class of a test set can be wanted
+    # Images of one class may be added to others.
+    whole = CustomDataset(data_prefix=str(folder), pipeline=LOAD)
+    both = ConcatDataset([whole, dataset], ignore_keys='classes')
+    check_dataset(both, 'training', 3)
+
+
+def test_classes_of_wrapped_folders(folder, tmp_path):
+    make_images(tmp_path / 'fewer', classes=['b', 'c'])
+    other = CustomDataset(data_prefix=str(folder), pipeline=LOAD)
+    fewer = CustomDataset(data_prefix=str(tmp_path / 'fewer'), pipeline=LOAD)
+    checks.check_same_classes(RepeatDataset(other, 2), other, 'validation')
+    with pytest.raises(UserError, match=r"only in validation: \['a'\]"):
+        checks.check_same_classes(RepeatDataset(fewer, 2), other, 'validation')
+
+
+@pytest.mark.parametrize('stem', ['patch', 'conv'])
+def test_patch_of_an_image_that_it_does_not_fill(stem):
+    backbone = SPViT(**TINY, img_size=20, patch_size=16, stem=stem)
+    assert checks.patch_size(SimpleNamespace(backbone=backbone)) == (16, 16)
 
 
 @pytest.mark.parametrize('content', [b'', b'no image', None])
@@ -82,6 +108,15 @@ def test_guarded_images(folder, content):
     guard_files(testing, skip=True)
     with pytest.raises(CorruptImageError):
         testing[index]
+
+
+def test_a_broken_picture_of_the_test_data(folder, mmpretrain_scope):
+    (folder / 'a' / '0.png').write_bytes(b'no image')
+    data = dict(type='CustomDataset', data_prefix=str(folder), pipeline=LOAD)
+    cfg = Config(dict(test_dataloader=dict(dataset=data)))
+    backbone = dict(type='SPViT', img_size=20, patch_size=4, **TINY)
+    with pytest.raises(UserError, match=r'a/0.png \(8 bytes\) cannot be read'):
+        load_samples(cfg, MODELS.build(dict(type='ImageClassifier', backbone=backbone)))
 
 
 def test_images_that_the_config_ignores(folder):

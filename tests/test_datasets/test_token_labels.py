@@ -328,11 +328,17 @@ def test_half_precision_ids_of_many_classes(folder):
         dict(type='RandomFlip', prob=0.5),
         dict(type='CenterCrop', crop_size=16),
         dict(type='RandomCrop', crop_size=16),
+        dict(type='Pad', size=(64, 64)),
     ],
 )
 def test_transforms_that_leave_the_map_behind(folder, transform):
-    with pytest.raises(ValueError, match=f'{transform["type"]}, which does not record'):
-        build(folder, pipeline=[PIPELINE[0], transform, PIPELINE[-1]])
+    inside = dict(type='RandomApply', transforms=[transform], prob=0.5)
+    among = dict(type='RandomChoice', transforms=[[PIPELINE[1]], [transform]])
+    for step in (transform, inside, among):
+        with pytest.raises(
+            ValueError, match=f'{transform["type"]}, which does not record'
+        ):
+            build(folder, pipeline=[PIPELINE[0], step, PIPELINE[-1]])
 
 
 def test_bad_arguments(folder):

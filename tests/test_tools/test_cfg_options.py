@@ -30,6 +30,11 @@ def test_it_is_there(name, capsys):
     assert any(line.startswith('  --cfg-options ') for line in lines) == takes_config
 
 
+def test_brackets_that_do_not_close(capsys):
+    line = fails(capsys, 'train.py', CONFIG, '--cfg-options', 'model.out_indices=[1,2')
+    assert '--cfg-options takes key=value pairs (Imbalanced brackets' in line
+
+
 @pytest.mark.parametrize(('name', 'arguments'), TAKES.items())
 def test_it_changes_the_model(name, arguments, tmp_path, capsys, mmpretrain_scope):
     path = tmp_path / 'c.pth'

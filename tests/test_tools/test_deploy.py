@@ -29,6 +29,7 @@ from .test_train_test import command, fails
 
 REPARAMETERIZE = 'model_converters/reparameterize_model.py'
 EXPORT = 'deploy/export.py'
+SHOW_PRIORS = 'visualization/show_priors.py'
 CONFIG = """
 default_scope = 'mmpretrain'
 custom_imports = dict(imports=['spvit_mm'])
@@ -90,6 +91,20 @@ def test_reparameterize(trained, tmp_path, capsys, grid):
     assert torch.equal(logits(deployed, images), logits(model, images))
     with pytest.raises(UserError, match='deploy=True'):
         load_trained_model(load_config(str(config)), str(out))
+
+
+def test_a_folded_checkpoint_keeps_its_grid(trained, tmp_path, capsys):
+    config, checkpoint, _ = trained
+    out, again = tmp_path / 'a.pth', tmp_path / 'b.pth'
+    command(REPARAMETERIZE, config, checkpoint, out, '--grid', 3, 5)
+    torch.save({**torch.load(out), 'meta': None}, out)
+    deployed = ('--cfg-options', 'model.backbone.deploy=True')
+    command(REPARAMETERIZE, config, out, again, *deployed)
+    assert torch.load(again)['meta'] == {'deploy_grid': (3, 5)}
+    for options in (REPARAMETERIZE, tmp_path / 'c.pth'), (SHOW_PRIORS,):
+        name, *files = options
+        line = fails(capsys, name, config, out, *files, '--grid', 4, 4, *deployed)
+        assert 'deploy' in line
 
 
 def test_reparameterize_to_safetensors(trained, tmp_path):

@@ -156,6 +156,13 @@ def test_fine_tuned_with_masks(trained, tmp_path, capsys):
     cfg = Config.fromfile(str(tmp_path / 'tuned.py'))
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(2e-3)
     load_model(str(tmp_path / 'tuned.py'), str(out))
+    # Nothing of an earlier training is lost.
+    again = (TOOL, CONFIG, trained, tmp_path / 'other.pth', '--finetune', 1)
+    line = fails(capsys, *again, '--work-dir', work_dir)
+    assert f'{work_dir}, is not empty. Give another with --work-dir' in line
+    config = work_dir / CONFIG.name
+    again = (TOOL, config, trained, f'{work_dir}.pth', '--finetune', 1, '--force')
+    assert f'{config} would replace what it is made of' in fails(capsys, *again)
 
 
 def test_pictures_of_ones_own(trained, tmp_path, capsys):

@@ -137,7 +137,22 @@ def test_relevance_of_two_models_and_the_table(checkpoint, tmp_path, capsys):
     for kind in kinds:
         start = [r for r in rows if (r['model'], r['method']) == kind][0]
         assert start['most_first'] == start['least_first']
-    assert 'most first (low is good)' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'most first (low is good)' in printed
+    assert 'Perturbation test on 20 images' in printed
+
+
+def test_models_of_one_config_are_told_apart(checkpoint, tmp_path, capsys):
+    path = checkpoint(CONFIG)
+    run(
+        'visualization/show_relevance.py', CONFIG, path, '--compare', CONFIG, path,
+        '--count', 1, '--perturb', 500, '--methods', 'gradient',
+        '--cfg-options', 'test_dataloader.dataset.indices=3',
+    )  # fmt: skip
+    assert 'Perturbation test on 3 images' in capsys.readouterr().out
+    with open(tmp_path / 'relevance_perturbation.csv') as file:
+        models = {row['model'] for row in csv.DictReader(file)}
+    assert models == {f'{CONFIG.stem} (1)', f'{CONFIG.stem} (2)'}
 
 
 def test_relevance_of_image_files(checkpoint, tmp_path):

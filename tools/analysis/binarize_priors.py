@@ -110,8 +110,9 @@ def main(argv: list) -> None:
     model.to(get_device())
     cfg.test_evaluator = cfg.get('test_evaluator') or dict(type='Accuracy', topk=(1,))
     test = api.evaluation_data(cfg)
-    with building(f'The training data of {args.config}'):
-        train = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
+    if args.finetune:
+        with building(f'The training data of {args.config}'):
+            train = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
     images = list(api.training_images(cfg, model, args.mass_batches))
     masses, _ = offset_mass(model, images)
     example = images[0][:1]
@@ -162,7 +163,9 @@ def finetune(model, loader, settings, args):
     with api.quiet():  # it names every parameter that is not decayed
         wrapper = build_optim_wrapper(model, settings)
     model.train()
-    for _ in range(args.finetune):
+    for epoch in range(args.finetune):
+        if hasattr(loader.sampler, 'set_epoch'):  # the order of the next epoch
+            loader.sampler.set_epoch(epoch)
         # An InfiniteSampler has no end.
         for batch in with_progress(islice(loader, len(loader)), len(loader)):
             model.train_step(batch, wrapper)

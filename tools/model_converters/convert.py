@@ -130,10 +130,7 @@ def main(argv: list) -> None:
                 )
     elif cfg_options:
         raise UserError('--cfg-options change a config: name it with --config.')
-    try:
-        convert_file(**files, options=Options(**args), trust=trust)
-    except OSError as error:
-        raise UserError(str(error)) from error
+    convert_file(**files, options=Options(**args), trust=trust)
 
 
 def find_config(config: str | None, src: str, needed: bool) -> str | None:

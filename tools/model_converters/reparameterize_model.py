@@ -33,6 +33,8 @@ def parse_args(argv: list) -> argparse.Namespace:
 
 def main(argv: list) -> None:
     from spvit_mm.apis import load_config, load_trained_model
+    from spvit_mm.models import SPViT
+    from spvit_mm.models.priors import ConstantSpatialPrior
     from spvit_mm.utils import (
         UserError,
         check_new_file,
@@ -46,17 +48,15 @@ def main(argv: list) -> None:
     cfg = load_config(args.config, args.cfg_options)
     model, checkpoint = load_trained_model(cfg, args.checkpoint)
     backbone = getattr(model, 'backbone', None)
-    if not hasattr(backbone, 'switch_to_deploy'):
+    if not isinstance(backbone, SPViT):
         raise UserError(
             f'The model of {args.config} has no backbone with a deploy form, such as '
             f'SPViT; its backbone is {type(backbone).__name__}.'
         )
-    try:
-        backbone.switch_to_deploy(tuple(args.grid) if args.grid else None)
-    except ValueError as error:  # for what cannot be a grid, or not that of this model
-        raise UserError(f'{args.checkpoint} cannot be deployed: {error}') from error
-    grid = tuple(args.grid or backbone.patch_resolution)
-    meta = {**checkpoint.get('meta', {}), 'deploy_grid': grid}
+    backbone.switch_to_deploy(tuple(args.grid) if args.grid else None)
+    grids = [m.grid for m in model.modules() if isinstance(m, ConstantSpatialPrior)]
+    grid = grids[0] if grids else backbone.patch_resolution
+    meta = {**(checkpoint.get('meta') or {}), 'deploy_grid': tuple(grid)}
     write_checkpoint({'meta': meta, 'state_dict': model.state_dict()}, out)
     print(
         f'Wrote {out}, for a grid of {grid[0]} x {grid[1]} patches. To load it, build '

@@ -7,6 +7,7 @@ Writes the checkpoint OUT.pth and its config OUT.py.
 """
 
 import argparse
+import os
 import os.path as osp
 
 from spvit_mm_cli import ArgumentParser, add_cfg_options, number, start
@@ -91,7 +92,24 @@ def check_outputs(args) -> tuple[str, str]:
     config = check_new_file(f'{osp.splitext(out)[0]}.py', ('.py',), args.force)
     check_not_source(out, args.checkpoint)
     check_not_source(config, args.config)
+    if args.finetune:
+        args.work_dir = check_work_dir(args.work_dir or osp.splitext(out)[0], args)
     return out, config
+
+
+def check_work_dir(path: str, args) -> str:
+    """The folder of the fine-tuning, which writes its config and its start there."""
+    from spvit_mm.utils import UserError, check_new_folder, check_not_source
+
+    path = check_new_folder(path)
+    check_not_source(osp.join(path, osp.basename(args.config)), args.config)
+    check_not_source(osp.join(path, 'start.pth'), args.checkpoint)
+    if osp.isdir(path) and os.listdir(path) and not args.force:
+        raise UserError(
+            f'The folder of the fine-tuning, {path}, is not empty. Give another with '
+            '--work-dir, or --force to write into it.'
+        )
+    return path
 
 
 def check_config(cfg, args) -> None:
@@ -172,12 +190,7 @@ def main(argv: list) -> None:
             shapes.append(batch.shape)
             yield batch
 
-    try:
-        masses, grid = offset_mass(masked, seen(images))
-    except UserError:  # of a picture
-        raise
-    except ValueError as error:  # images of another grid than that of a deploy form
-        raise UserError(f'{args.checkpoint} cannot be measured: {error}') from error
+    masses, grid = offset_mass(masked, seen(images))
     kept = sparsify(masked, masses, args.keep_mass, args.by)
     print_kept(kept, grid, args)
 
@@ -186,9 +199,8 @@ def main(argv: list) -> None:
         _, after = api.evaluate(masked, *test)
         print(f'{name}: {before:.2f} before, {after:.2f} after', flush=True)
     if args.finetune:
-        work_dir = args.work_dir or osp.splitext(out)[0]
         masked = api.finetune(
-            masked_cfg, masked, args.finetune, args.lr_factor, work_dir
+            masked_cfg, masked, args.finetune, args.lr_factor, args.work_dir
         )
         if test:
             _, after = api.evaluate(masked, *test)

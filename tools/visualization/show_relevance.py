@@ -76,7 +76,10 @@ def main(argv: list) -> None:
     out = check_new_file(args.out, ('.png',), force=True)
 
     columns, captions, rows, pictures = [], [], [], None
-    for config, checkpoint in [(args.config, args.checkpoint), args.compare]:
+    pairs = [(args.config, args.checkpoint), args.compare]
+    pairs = pairs[: 1 + bool(args.compare)]
+    names = short_names([config for config, _ in pairs])
+    for name, (config, checkpoint) in zip(names, pairs, strict=True):
         cfg, model = load_classifier(config, checkpoint, args.cfg_options)
         classes = getattr(model.head, 'num_classes', None)
         if args.target is not None and classes and args.target >= classes:
@@ -84,7 +87,6 @@ def main(argv: list) -> None:
                 f'--target takes a class of the model, from 0 to {classes - 1}, got '
                 f'{args.target}.'
             )
-        name = osp.splitext(osp.basename(config))[0].split('_1x')[0]
         samples = load_samples(cfg, model, args.images, args.count)
         pictures = pictures or [sample.picture for sample in samples]
         found = explain(model, samples, args)
@@ -93,12 +95,19 @@ def main(argv: list) -> None:
             captions.append(words)
         if args.perturb:
             rows += perturb(cfg, model, name, args)
-        if args.compare is None:
-            break
     save_figure(draw_relevance(pictures, columns, captions), out, dpi=120)
     print(f'The relevance of {len(pictures)} images is drawn in {out}')
     if rows:
-        report(rows, osp.splitext(out)[0] + '_perturbation.csv', args.perturb)
+        report(rows, osp.splitext(out)[0] + '_perturbation.csv')
+
+
+def short_names(configs):
+    """Names of configs that tell them apart, numbered where theirs do not."""
+    whole = [osp.splitext(osp.basename(config))[0] for config in configs]
+    for names in ([name.split('_1x')[0] for name in whole], whole):
+        if len(set(names)) == len(names):
+            return names
+    return [f'{name} ({i})' for i, name in enumerate(whole, 1)]
 
 
 def batches(samples, size=32):
@@ -170,29 +179,29 @@ def perturb(cfg, model, name, args):
     generator = torch.Generator().manual_seed(0)
     orders['random order'] = torch.rand(any_map.shape, generator=generator)
     return [
-        (name, method, perturbation_test(model, inputs, labels, maps))
+        (name, method, perturbation_test(model, inputs, labels, maps), len(labels))
         for method, maps in with_progress([*orders.items()])
     ]
 
 
-def report(rows, path, count):
+def report(rows, path):
     """Print the areas and write the curves."""
     from spvit_mm.utils import write_csv
 
     width = max(len(name) for name, *_ in rows)
     print(
-        f'Perturbation test on {count} images: area under the accuracy while patches '
+        f'Perturbation test on {rows[0][-1]} images: area under the accuracy while patches '
         'are removed'
     )
     print(
         f'{"model":<{width}}  {"order by":<12}  most first (low is good)  least first'
     )
-    for name, method, p in rows:
+    for name, method, p, _ in rows:
         print(
             f'{name:<{width}}  {method:<12}  {p.most_area:24.3f}  {p.least_area:11.3f}'
         )
     curves = [['model', 'method', 'removed', 'most_first', 'least_first']]
-    for name, method, p in rows:
+    for name, method, p, _ in rows:
         for values in zip(p.removed, p.most, p.least, strict=True):
             curves.append([name, method, *(f'{v:.4f}' for v in values)])
     write_csv(path, curves)

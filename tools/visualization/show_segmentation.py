@@ -73,7 +73,7 @@ def main(argv: list) -> None:
     with building('The test data set'), checks.naming_empty_data(settings, 'test'):
         dataset = DATASETS.build(settings)
     checks.check_dataset(dataset, 'test')
-    checks.guard_files(dataset, model.decode_head.num_classes)
+    checks.guard_files(dataset, model.num_classes)
 
     count = min(args.number, len(dataset))
     palette = dataset.metainfo['palette']

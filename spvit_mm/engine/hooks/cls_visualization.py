@@ -36,16 +36,12 @@ class ClsVisualizationHook(VisualizationHook):
     """
 
     def before_val_epoch(self, runner) -> None:
-        self._start(runner)
-
-    def before_test_epoch(self, runner) -> None:
-        self._start(runner)
-
-    def _start(self, runner) -> None:
         model = unwrap_model(runner.model)
         self._is_bgr = getattr(model.data_preprocessor, 'to_rgb', False)
         self._seen = 0
         self._names = set()
+
+    before_test_epoch = before_val_epoch
 
     def _draw_samples(
         self,

@@ -52,7 +52,8 @@ class DataCheckHook(Hook):
 
     def before_run(self, runner) -> None:
         model = unwrap_model(runner.model)
-        head = getattr(model, 'head', None) or getattr(model, 'decode_head', None)
+        # Segmentors have that of their last head.
+        head = getattr(model, 'head', None) or model
         num_classes = getattr(head, 'num_classes', None)
         loops = {
             'training': runner._train_loop,

@@ -9,6 +9,7 @@ that size per head; the N x N prior of the paper is that table read N times.
 """
 
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from mmengine.model import BaseModule
@@ -175,11 +176,7 @@ class SpatialPrior(BaseModule):
 
     def _anchor(self):
         """A tensor that tells device and dtype; None if there is nothing."""
-        for tensor in self.parameters():
-            return tensor
-        for tensor in self.buffers():
-            return tensor
-        return None
+        return next(chain(self.parameters(), self.buffers()), None)
 
     def forward(self, hw, device=None, rescale=None):
         """Evaluate the prior on the distinct offsets of a grid.

@@ -3,7 +3,7 @@
 import torch
 from mmengine.model import BaseModule
 
-from ...utils import CheckpointError
+from ...utils import CheckpointError, UserError
 from .base import SpatialPrior
 
 
@@ -48,11 +48,11 @@ class ConstantSpatialPrior(SpatialPrior):
         """The table (num_heads, 2H-1, 2W-1) of the one grid.
 
         Raises:
-            ValueError: For another grid.
+            UserError: For another grid.
         """
         hw = (int(hw[0]), int(hw[1]))
         if hw != self.grid:
-            raise ValueError(
+            raise UserError(
                 f'The image makes a grid of {hw[0]} x {hw[1]} patches, but this model '
                 f'was deployed for {self.grid[0]} x {self.grid[1]}, for which the '
                 "priors' values are fixed. Resize the image to that grid, or deploy "
