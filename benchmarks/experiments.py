@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from measuring import write_text
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.evaluator import Evaluator
@@ -44,7 +45,7 @@ from spvit_mm.apis import (  # noqa: F401
     number,
     run_cli,
 )
-from spvit_mm.utils import UserError, check_new_file, check_new_folder, whole_file
+from spvit_mm.utils import UserError, check_new_file, check_new_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCURACY = 'accuracy/top1'
@@ -196,8 +197,7 @@ def read_result(folder: Path) -> dict | None:
 
 
 def write_result(folder: Path, result: dict) -> None:
-    with whole_file(str(folder / 'result.json')) as partial:
-        Path(partial).write_text(json.dumps(result))
+    write_text(folder / 'result.json', json.dumps(result))
 
 
 def is_complete(result: dict | None, run: Run) -> bool:
@@ -522,8 +522,7 @@ def _last_line(path: Path) -> str:
 def _start(run: Run, folder: Path, log) -> subprocess.Popen:
     """The next process of a run whose folder is locked: its training, or its tests."""
     config = folder / 'config.py'
-    with whole_file(str(config)) as partial:
-        Path(partial).write_text(run.config.pretty_text)
+    write_text(config, run.config.pretty_text)
     if read_result(folder) is None:
         command = [str(ROOT / 'tools/train.py'), str(config), '--work-dir', str(folder)]
         if (folder / 'last_checkpoint').exists():

@@ -367,16 +367,14 @@ def build_sparse(name: str, case: Case, attn_impl: str = 'auto'):
     return run
 
 
-def build_model(name: str, case: Case):
-    """A whole network of the model part at work."""
-    torch.manual_seed(0)
-    return work(build_network(name, case), case)
+def at_work(build: Callable) -> Callable:
+    """From a contestant and a case to the work of the whole network that is built."""
 
+    def run(name: str, case: Case):
+        torch.manual_seed(0)
+        return work(build(name, case), case)
 
-def build_position_model(name: str, case: Case):
-    """A whole network of the positions part at work."""
-    torch.manual_seed(0)
-    return work(build_positions(name, case), case)
+    return run
 
 
 def work(net: torch.nn.Module, case: Case):
@@ -788,20 +786,17 @@ def cases_of(part: str) -> Callable:
     return cases
 
 
+def one_case(part: str, grid: int, device: str | None = None) -> Callable:
+    """From the options to the only case of a part."""
+    return lambda args: [Case(part, 'infer', grid, 1, 'fp32', device or args.device)]
+
+
 def position_floor(name: str) -> str:
     return 'DeiT-S, mmpretrain ViT' if name.startswith('DeiT-S') else 'none'
 
 
 def sparse_floor(name: str) -> str:
     return SPARSE_LAYERS[0] if name in SPARSE_LAYERS else 'none'
-
-
-def growth_cases(args) -> list[Case]:
-    return [Case('growth', 'infer', 32, 1, 'fp32', args.device)]
-
-
-def segment_cases(args) -> list[Case]:
-    return [Case('segment', 'infer', 64, 1, 'fp32', args.device)]
 
 
 def measure_segment(case: Case, args) -> list[dict]:
@@ -829,10 +824,6 @@ def measure_segment(case: Case, args) -> list[dict]:
     return tabulate(case, times, lambda _: SEGMENT[0], memory, args)
 
 
-def start_cases(args) -> list[Case]:
-    return [Case('start', 'infer', 14, 1, 'fp32', 'cpu')]
-
-
 def shipped_cases(args) -> list[Case]:
     # The grid is each model's own.
     return [Case('models', 'infer', 0, 1, dtype, args.device) for dtype in args.dtypes]
@@ -846,13 +837,19 @@ CASES = {
 }
 PARTS = {
     'layer': Part(LAYERS, 'sdpa', layer_cases, build_layer),
-    'model': Part(MODELS, 'spvit-0spsa', cases_of('model'), build_model),
-    'start': Part(tuple(START), 'mmpretrain-vit', start_cases, None, measure_start),
+    'model': Part(MODELS, 'spvit-0spsa', cases_of('model'), at_work(build_network)),
+    'start': Part(
+        tuple(START),
+        'mmpretrain-vit',
+        one_case('start', 14, 'cpu'),
+        None,
+        measure_start,
+    ),
     'positions': Part(
         (*POSITIONS, *(f'DeiT-S, {name}' for name in (*OTHERS, *DEIT))),
         position_floor,
         cases_of('positions'),
-        build_position_model,
+        at_work(build_positions),
     ),
     'sparse': Part(
         (*SPARSE, *SPARSE_LAYERS), sparse_floor, cases_of('sparse'), build_sparse
@@ -861,11 +858,13 @@ PARTS = {
     'growth': Part(
         tuple(GROWTH),
         next(iter(GROWTH)),
-        growth_cases,
+        one_case('growth', 32),
         build_growth,
         share=lambda name: GROWTH[name] ** 2 / 1024,
     ),
-    'segment': Part(SEGMENT, SEGMENT[0], segment_cases, build_segment, measure_segment),
+    'segment': Part(
+        SEGMENT, SEGMENT[0], one_case('segment', 64), build_segment, measure_segment
+    ),
 }
 
 
