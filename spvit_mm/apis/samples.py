@@ -73,8 +73,8 @@ def load_samples(cfg, model, paths=None, count=4) -> list[Sample]:
         count (int): How many of the data set, evenly spread. Defaults to 4.
 
     Raises:
-        UserError: For a file that is no picture, of the data set as well, a picture smaller than a patch, or
-            a config without test data.
+        UserError: For a file, of the data set as well, that is no picture, a picture
+            smaller than a patch, or a config without test data.
     """
     check_entries(cfg, ('test_dataloader',))
     if paths:
