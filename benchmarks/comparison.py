@@ -167,10 +167,11 @@ def draw_curves(axis, curves: dict[str, list[dict]]) -> None:
         axis: Of matplotlib.
         curves (dict): By setting, for each seed the metric by step.
     """
-    for setting, own in curves.items():
+    for i, (setting, own) in enumerate(curves.items()):
         steps = sorted(set.intersection(*(set(map(int, curve)) for curve in own)))
         means = [np.mean([curve[str(step)] for curve in own]) for step in steps]
-        axis.plot(steps, means, label=setting)
+        # There are ten colours.
+        axis.plot(steps, means, ('-', '--', ':')[i // 10 % 3], label=setting)
     axis.set_xlabel('epoch')
     axis.set_ylabel('top-1 (%), mean over seeds')
     axis.legend(fontsize='small')

@@ -144,10 +144,11 @@ def draw_record(path: Path, record: dict, tables: dict, out_dir: Path) -> None:
     figure = new_figure(12, 5 * height)
     axes = figure.subplots(height, 2).flatten()
     baseline = list(tables)[-1]
-    shown = [row for row in tables[baseline] if row['setting'] != 'none']
-    draw_differences(axes[0], shown)
+    best_first = sorted(tables[baseline], key=lambda row: -row['mean'])
+    draw_differences(axes[0], [row for row in best_first if row['setting'] != 'none'])
     axes[0].set_title(f'to {baseline!r}')
-    draw_curves(axes[1], {k: [x['curve'] for x in own] for k, own in record.items()})
+    names = [row['setting'] for row in best_first]
+    draw_curves(axes[1], {name: [x['curve'] for x in record[name]] for name in names})
     against = dict.fromkeys(record, list(tables)[0])
     for axis, (name, found) in zip(axes[2:], sizes.items(), strict=False):
         draw_sizes(axis, name, runs, found, against)
