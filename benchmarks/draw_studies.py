@@ -27,8 +27,8 @@ NAMES = ('setting', 'against')
 # The records of the position study, positions_NAME.jsonl, by data: those of one share
 # the deviation of a seed.
 RECORDS = (('cifar10', 'cifar10_embed', 'cifar10_120e'), ('imagenette',))
-# What its methods are compared with, where a record has it, and if it has neither.
-BASELINES, OTHERWISE = ('none', 'product, cone'), 'sum, cone'
+# What its methods are compared with, where a record has it; without "none" the best, too.
+BASELINES, BEST = ('none', 'product, cone'), 'sum, cone'
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -105,9 +105,10 @@ def draw_records(paths: list[Path], out_dir: Path) -> list[str]:
             every[first] = max(every.get(first, []), ends[path][setting], key=len)
     drawn = []
     for path, record in records.items():
+        baselines = BASELINES if 'none' in record else (*BASELINES, BEST)
         tables = {
             baseline: compare(ends[path], dict.fromkeys(record, baseline), pooled=every)
-            for baseline in [x for x in BASELINES if x in record] or [OTHERWISE]
+            for baseline in baselines
             if baseline in record
         }
         if tables and len(record) > 1:
