@@ -146,7 +146,12 @@ def _check_patch(shape: tuple[int, int], patch: tuple[int, int]) -> None:
 def _fold(backbone: SPViT, shape: tuple[int, int]) -> None:
     with torch.no_grad():
         _, grid = backbone.forward_stem(torch.zeros(1, backbone.in_channels, *shape))
-    backbone.switch_to_deploy(grid)
+    try:
+        backbone.switch_to_deploy(grid)
+    except UserError as error:  # it was deployed before, for another grid
+        raise UserError(
+            f'The model cannot take images of {shape[0]} x {shape[1]}: {error}'
+        ) from error
 
 
 def _free_grid(backbone: SPViT) -> None:

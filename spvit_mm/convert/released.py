@@ -8,7 +8,7 @@ from ..utils import CheckpointError
 from . import names
 from .state import to_theirs
 from .structure import check_state, infer_structure
-from .to_timm import ffn_act, scores_apart
+from .to_timm import ffn_act, input_apart, scores_apart
 
 
 def to_released(state):
@@ -103,9 +103,8 @@ def check_released(model, state):
         for i, layer in enumerate(backbone.layers)
         for words in _differences(layer)
     ]
-    last = max(backbone.out_indices)
-    if getattr(model, 'head', None) and last != backbone.num_layers - 1:
-        differences.append(f'its head reads layer {last} (out_indices), not the last')
+    if getattr(model, 'head', None):
+        differences += input_apart(model, backbone)
     number, joins = backbone.num_spsa_layers, backbone.cls_token_layer
     if number and joins and joins != number:
         differences.append(

@@ -168,14 +168,20 @@ def _head(model, backbone):
         return None, [f'its head is a {type(head).__name__}']
     if backbone.out_type != 'cls_token':
         return None, [f'its head reads out_type={backbone.out_type!r}, no class token']
-    if max(backbone.out_indices) != backbone.num_layers - 1:
-        return None, [f'its head reads layer {max(backbone.out_indices)} (out_indices)']
-    if getattr(model, 'neck', None) is not None:
-        return None, [f'its head reads a {type(model.neck).__name__} (neck)']
     modules = dict(head.named_modules())
     return modules[name], [
-        f'its head has {other}' for other in refused if other in modules
+        *input_apart(model, backbone),
+        *(f'its head has {other}' for other in refused if other in modules),
     ]
+
+
+def input_apart(model, backbone):
+    """In what the head's input differs from that of the other codes, in words."""
+    last = max(backbone.out_indices)
+    if last != backbone.num_layers - 1:
+        yield f'its head reads layer {last} (out_indices), not the last'
+    if getattr(model, 'neck', None) is not None:
+        yield f'its head reads a {type(model.neck).__name__} (neck)'
 
 
 def _arguments(backbone, head):

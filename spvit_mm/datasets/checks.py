@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
 from typing import Optional
 
 import numpy as np
@@ -101,7 +100,7 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
             for masks that are missing; for segmentation data of another number of
             classes than the head. It names the folder or the files.
     """
-    seen, told = set(), []
+    seen, told = set(), {}
     for leaf in _leaves(dataset):
         if len(leaf) == 0:
             raise UserError(f'The {split} data, {_where(leaf)}, holds no images.')
@@ -111,10 +110,12 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
         labels = _labels(leaf)
         if labels is None:
             continue
-        told.append(_where(leaf))
+        told[_where(leaf)] = True  # once where a folder is given twice
         classes = leaf.metainfo.get('classes')
         if classes is not None and len(classes) < 2 and num_classes != 1:
-            raise _one_class(split, told[-1:])  # the others number theirs otherwise
+            raise _one_class(
+                split, [_where(leaf)]
+            )  # the others number theirs otherwise
         # Testing one class of several can be wanted.
         seen.update(labels if split == 'training' or classes is None else classes)
         if num_classes is not None and labels.max() >= num_classes:
@@ -125,7 +126,7 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
                 'classes.'
             )
     if told and len(seen) < 2 and num_classes != 1:
-        raise _one_class(split, told)
+        raise _one_class(split, list(told))
 
 
 def _one_class(split: str, where: list[str]) -> UserError:
@@ -178,9 +179,8 @@ def check_same_classes(training, other, split: str) -> None:
     Raises:
         UserError: If both take their classes from folders and these differ.
     """
-    for ours, theirs in product(_folders(training), _folders(other)):
-        if ours == theirs:
-            continue
+    ours, theirs = _numbers(training), _numbers(other)
+    if ours and theirs and ours != theirs:
         raise UserError(
             f'The {split} data numbers its classes differently from the training data: '
             f'only in training: {sorted(set(ours) - set(theirs)) or "none"}; only in '
@@ -189,9 +189,13 @@ def check_same_classes(training, other, split: str) -> None:
         )
 
 
-def _folders(dataset) -> list[dict]:
-    found = (getattr(leaf, 'folder_to_idx', None) for leaf in _leaves(dataset))
-    return [numbers for numbers in found if numbers]
+def _numbers(dataset) -> dict[str, set]:
+    """The numbers of each class that is a folder; several where folders disagree."""
+    numbers = {}
+    for leaf in _leaves(dataset):
+        for name, number in (getattr(leaf, 'folder_to_idx', None) or {}).items():
+            numbers.setdefault(name, set()).add(number)
+    return numbers
 
 
 def describe_left_out(dataset, split: str) -> str:

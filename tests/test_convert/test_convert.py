@@ -292,6 +292,7 @@ def test_back_lists_what_has_no_place(change, words):
         (dict(layer_cfgs=dict(act_cfg=dict(type='ReLU'))), 'its FFN has ReLU'),
         (dict(norm_cfg=dict(eps=1e-6)), 'eps of its norms is 1e-06'),
         (dict(cls_token_layer=3), 'joins before layer 3'),
+        (dict(out_indices=-2), 'its head reads layer [0-9] .out_indices'),
         (
             dict(prior=dict(hidden_dims=7)),
             'not that of the checkpoint: .*attn.prior.b1',
@@ -758,6 +759,10 @@ UNLIKE = {
     ),
     'average': (dict(out_type='avg_featmap'), "its head reads out_type='avg_featmap'"),
     'another layer': (dict(out_indices=1, cls_token_layer=0), 'its head reads layer 1'),
+    'a neck': (
+        lambda m: setattr(m, 'neck', torch.nn.Identity()) or m,
+        'reads a Identity .neck.',
+    ),
     'patches': (dict(patch_cfg=dict(stride=8)), 'its patches overlap'),
     'folded elsewhere': (
         lambda m: m.backbone.switch_to_deploy((5, 5)) or m,

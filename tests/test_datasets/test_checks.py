@@ -68,6 +68,13 @@ def test_classes_of_wrapped_folders(folder, tmp_path):
     other = CustomDataset(data_prefix=str(folder), pipeline=LOAD)
     fewer = CustomDataset(data_prefix=str(tmp_path / 'fewer'), pipeline=LOAD)
     checks.check_same_classes(RepeatDataset(other, 2), other, 'validation')
+    make_images(tmp_path / 'more', classes=['a', 'b'])
+    more = CustomDataset(data_prefix=str(tmp_path / 'more'), pipeline=LOAD)
+    both = ConcatDataset([other, more], ignore_keys='classes')
+    checks.check_same_classes(both, other, 'validation')
+    mixed = ConcatDataset([other, fewer], ignore_keys='classes')
+    with pytest.raises(UserError, match='numbers its classes differently'):
+        checks.check_same_classes(mixed, other, 'validation')
     with pytest.raises(UserError, match=r"only in validation: \['a'\]"):
         checks.check_same_classes(RepeatDataset(fewer, 2), other, 'validation')
 

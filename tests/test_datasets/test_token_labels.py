@@ -376,5 +376,5 @@ def test_bad_arguments(folder):
 
 def test_two_images_of_one_name(folder):
     cv2.imwrite(str(folder / 'images/a/a_0.JPEG.jpg'), np.zeros((4, 4), np.uint8))
-    with pytest.raises(ValueError, match='would share the label map'):
+    with pytest.raises(LabelMapError, match='would share the label map'):
         build(folder)

@@ -101,10 +101,11 @@ def test_a_folded_checkpoint_keeps_its_grid(trained, tmp_path, capsys):
     deployed = ('--cfg-options', 'model.backbone.deploy=True')
     command(REPARAMETERIZE, config, out, again, *deployed)
     assert torch.load(again)['meta'] == {'deploy_grid': (3, 5)}
-    for options in (REPARAMETERIZE, tmp_path / 'c.pth'), (SHOW_PRIORS,):
-        name, *files = options
-        line = fails(capsys, name, config, out, *files, '--grid', 4, 4, *deployed)
-        assert 'deploy' in line
+    elsewhere = ('--grid', 4, 4, *deployed)
+    line = fails(capsys, REPARAMETERIZE, config, out, tmp_path / 'c.pth', *elsewhere)
+    assert 'deploy form for (3, 5)' in line
+    line = fails(capsys, SHOW_PRIORS, config, out, *elsewhere)
+    assert 'this model was deployed for 3 x 5' in line
 
 
 def test_reparameterize_to_safetensors(trained, tmp_path):
