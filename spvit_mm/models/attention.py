@@ -72,6 +72,9 @@ class GridAttention(MultiheadAttention):
         self.num_extra_tokens = num_extra_tokens
         self.grid = None if grid is None else tuple(grid)
 
+    def set_depth(self, layer, num_layers):
+        """Told by the backbone: the layer's index and the number of layers."""
+
     def project_qkv(self, x, hw_shape):
         """Queries, keys and values, each (B, heads, T, d), of tokens (B, T, C).
 
