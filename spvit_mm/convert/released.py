@@ -103,7 +103,7 @@ def check_released(model, state):
         for i, layer in enumerate(backbone.layers)
         for words in _differences(layer)
     ]
-    if getattr(model, 'head', None):
+    if getattr(model, 'head', None) is not None:
         differences += input_apart(model, backbone)
     number, joins = backbone.num_spsa_layers, backbone.cls_token_layer
     if number and joins and joins != number:

@@ -110,12 +110,12 @@ def check_dataset(dataset, split: str, num_classes: Optional[int] = None) -> Non
         labels = _labels(leaf)
         if labels is None:
             continue
-        told[_where(leaf)] = True  # once where a folder is given twice
+        where = _where(leaf)
+        told[where] = True  # once where a folder is given twice
         classes = leaf.metainfo.get('classes')
         if classes is not None and len(classes) < 2 and num_classes != 1:
-            raise _one_class(
-                split, [_where(leaf)]
-            )  # the others number theirs otherwise
+            # Alone, since the others number theirs otherwise.
+            raise _one_class(split, [where])
         # Testing one class of several can be wanted.
         seen.update(labels if split == 'training' or classes is None else classes)
         if num_classes is not None and labels.max() >= num_classes:

@@ -76,8 +76,9 @@ def main(argv: list) -> None:
     out = check_new_file(args.out, ('.png',), force=True)
 
     columns, captions, rows, pictures = [], [], [], None
-    pairs = [(args.config, args.checkpoint), args.compare]
-    pairs = pairs[: 1 + bool(args.compare)]
+    pairs = [(args.config, args.checkpoint)]
+    if args.compare:
+        pairs.append(args.compare)
     names = short_names([config for config, _ in pairs])
     for name, (config, checkpoint) in zip(names, pairs, strict=True):
         cfg, model = load_classifier(config, checkpoint, args.cfg_options)
@@ -190,8 +191,8 @@ def report(rows, path):
 
     width = max(len(name) for name, *_ in rows)
     print(
-        f'Perturbation test on {rows[0][-1]} images: area under the accuracy while patches '
-        'are removed'
+        f'Perturbation test on {rows[0][-1]} images: area under the accuracy while '
+        'patches are removed'
     )
     print(
         f'{"model":<{width}}  {"order by":<12}  most first (low is good)  least first'
