@@ -251,6 +251,8 @@ class TokenLabelDataset(BaseDataset):
         self.num_samples = num_samples
         # Shared memory: the workers count, too.
         self.num_missing = torch.zeros(1, dtype=torch.int64).share_memory_()
+        # Of most label maps; known once they are checked.
+        self._map_shape = None
 
         source = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
         self._source = source
@@ -387,20 +389,27 @@ class TokenLabelDataset(BaseDataset):
         with ThreadPoolExecutor(8) as pool:
             results = list(pool.map(look, names))
         shapes = [shape for _, shape in results if shape is not None]
-        usual = max(set(shapes), key=shapes.count) if shapes else None
-        faults = []
-        for name, (fault, shape) in zip(names, results, strict=True):
-            if fault is None and shape != usual:
-                fault = (
-                    f'{osp.join(self.label_root, name)}: shape {shape}, where most '
-                    f'label maps have {usual}'
-                )
-            if fault is not None:
-                faults.append(fault)
-        return faults
+        self._map_shape = max(set(shapes), key=shapes.count) if shapes else None
+        faults = [
+            fault or self._shape_fault(name, shape)
+            for name, (fault, shape) in zip(names, results, strict=True)
+        ]
+        return [fault for fault in faults if fault is not None]
+
+    def _shape_fault(self, name, shape):
+        if self._map_shape in (None, shape):
+            return None
+        return (
+            f'{osp.join(self.label_root, name)}: shape {shape}, where most label maps '
+            f'have {self._map_shape}'
+        )
 
     def _read(self, name):
-        return read_label_map(osp.join(self.label_root, name), self.num_classes)
+        label_map = read_label_map(osp.join(self.label_root, name), self.num_classes)
+        fault = self._shape_fault(name, tuple(label_map.shape))
+        if fault is not None:
+            raise LabelMapError(fault)
+        return label_map
 
     def prepare_data(self, idx):
         """A sample with its label map, sent through the pipeline."""

@@ -251,9 +251,6 @@ def test_the_image_label_can_take_its_place(folder, how):
     break_map(folder / 'labels' / 'b' / 'b_1.JPEG.pt', how)
     dataset = build(folder, missing='image_label')
     sample = dataset[4]['data_samples']
-    if how == 'grid':  # Another size is usable, just unlikely to be meant.
-        assert sample.token_label.shape == (2, 2, 4, 3)
-        return
     view = sample.token_label_view[None]
     target = crop_label_maps(sample.token_label[None], view, 3, (2, 3))
     assert torch.equal(target[0, 1], torch.ones(2, 3))

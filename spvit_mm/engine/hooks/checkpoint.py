@@ -19,7 +19,7 @@ from mmpretrain.registry import HOOKS
 from ...utils import whole_file
 
 # How whole_file names what it writes.
-PARTIAL = '.*.partial.*'
+PARTIAL = '.[0-9]*.partial.*'
 
 
 def _plain(value):
