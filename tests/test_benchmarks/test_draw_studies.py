@@ -40,6 +40,9 @@ def test_a_record_with_missing_seeds_is_drawn(tmp_path, capsys):
         ('none', 'product, cone', '3'),
         ('sum, cone', 'product, cone', '2'),
         ('sum, flat', 'product, cone', '1'),
+        ('none', 'sum, cone', '3'),
+        ('product, cone', 'sum, cone', '3'),
+        ('sum, flat', 'sum, cone', '1'),
     ]
     assert float(rows[4]['difference']) == pytest.approx(2.0)
     out = capsys.readouterr().out
@@ -70,7 +73,8 @@ def test_records_of_one_data_share_the_deviation_of_a_seed(tmp_path):
     for paths in ([one, two], [two, one]):
         assert draw_studies.draw_records(paths, tmp_path) == [p.stem for p in paths]
         with (tmp_path / 'positions_two.csv').open() as file:
-            (row,) = csv.DictReader(file)
+            row, *_ = csv.DictReader(file)
+        assert (row['setting'], row['against']) == ('sum, cone', 'none')
         wide = stats.t.ppf(0.975, 2) * deviation * 2**0.5
         assert float(row['interval']) == pytest.approx(wide)
 
