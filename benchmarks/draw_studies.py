@@ -26,7 +26,10 @@ DATA = {'digits': 'digits', 'cifar': 'CIFAR-10, 5,000 images'}
 NAMES = ('setting', 'against')
 # The records of the position study, positions_NAME.jsonl, by data: those of one share
 # the deviation of a seed.
-RECORDS = (('cifar10', 'cifar10_embed', 'cifar10_120e'), ('imagenette',))
+RECORDS = (
+    ('cifar10', 'cifar10_embed', 'cifar10_120e', 'cifar10_50k'),
+    ('imagenette',),
+)
 # What its methods are compared with, where a record has it; in the figure, the last.
 BASELINES = ('none', 'product, cone', 'sum, cone')
 
