@@ -285,8 +285,9 @@ def test_the_first_ten_and_the_count(tmp_path):
     assert '10.pt' not in message
 
 
-def test_a_large_set_is_sampled(folder):
-    break_map(folder / 'labels' / 'b' / 'b_1.JPEG.pt', 'truncated')
+@pytest.mark.parametrize('how', ['truncated', 'grid'])
+def test_a_large_set_is_sampled(folder, how):
+    break_map(folder / 'labels' / 'b' / 'b_1.JPEG.pt', how)
     # Every third is read: not the broken one, which is found when it is its turn.
     dataset = build(folder, max_check=5, num_samples=3)
     with pytest.raises(LabelMapError, match='b_1'):
