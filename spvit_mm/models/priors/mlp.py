@@ -43,9 +43,9 @@ class MLPSpatialPrior(SpatialPrior):
               biases uniform over the size of ``grid``: hinges all over it.
             - ``'local'``: each head looks at its own point c_h beside the query,
               ``f_h(r) = 1 - locality * |r - c_h|``, the norm made of hinges in
-              all directions. Not neutral: for a model trained from scratch, in
-              which ``SpatialPriorAttention(init_score=...)`` gives it a score to
-              multiply.
+              all directions (of a ReLU: another activation gives another shape).
+              Not neutral: for a model trained from scratch, in which
+              ``SpatialPriorAttention(init_score=...)`` gives it a score to multiply.
 
             Defaults to 'released'.
         locality (float): The slope of a ``'local'`` start. Defaults to 1.0.
